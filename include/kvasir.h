@@ -1,0 +1,348 @@
+/* Kvasir: long, stateful conversations with a language model inside a hard KV-cache budget.
+ *
+ * A tour. A kvs_model is a GGUF file opened for reading: weights, vocabulary, chat template; it never changes and
+ * any number of sessions may use it. A kvs_session is one conversation: tokens, KV cache, policy, health. You extend
+ * it with tokens and get logits; the policy evicts before the cache would pass its budget. kvs_generate() and
+ * kvs_chat_turn() are the loop most programs want; kvs_step() is the one that batches many sessions.
+ *
+ *     kvs_model *m;  kvs_session *s;  kvs_error err;
+ *     if (kvs_model_open("model.gguf", NULL, &m, &err)) ...
+ *     kvs_session_options o;  kvs_session_options_default(&o);
+ *     o.policy = "streaming";  o.budget_tokens = 1024;
+ *     if (kvs_session_create(m, &o, &s, &err)) ...
+ *     if (kvs_chat_turn(s, "Hello!", NULL, NULL, on_text, ctx, NULL, &err)) ...
+ *
+ * Every fallible call returns a kvs_status (0 or negative) and fills the caller's kvs_error, which may be NULL. The
+ * library never prints, exits, aborts on input or reads the environment. A session is used by one thread at a time;
+ * sessions of one model may be used in parallel, but share that model's thread pool, one step after another.
+ * docs/architecture.md follows one token through the code.
+ */
+#ifndef KVASIR_H
+#define KVASIR_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define KVS_VERSION_MAJOR 0
+#define KVS_VERSION_MINOR 1
+#define KVS_VERSION_PATCH 0
+#define KVS_VERSION_STRING "0.1.0"
+
+#if defined(__GNUC__)
+#define KVS_API __attribute__((visibility("default")))
+#else
+#define KVS_API
+#endif
+
+/* ---- status and errors ------------------------------------------------------------------------------------------ */
+
+#define KVS_STATUS_MAP(X)                                                                                              \
+    X(OK, 0, "ok")                                                                                                     \
+    X(EINVAL, -1, "argument outside its documented range")                                                             \
+    X(ENOMEM, -2, "the allocator returned NULL")                                                                       \
+    X(EBUDGET, -3, "does not fit in the budget, and the policy cannot help")                                           \
+    X(EIO, -4, "a file could not be read or written")                                                                  \
+    X(EFORMAT, -5, "a file or text is not what it should be")                                                          \
+    X(EUNSUPPORTED, -6, "valid, but not something this build can do")                                                  \
+    X(ECANCELLED, -7, "the caller's callback asked to stop")                                                           \
+    X(EBACKEND, -8, "a library Kvasir stands on failed")
+
+typedef enum kvs_status {
+#define KVS_STATUS_ENUM(name, value, text) KVS_##name = value,
+    KVS_STATUS_MAP(KVS_STATUS_ENUM)
+#undef KVS_STATUS_ENUM
+} kvs_status;
+
+/* Caller-owned; may be NULL in every call. */
+typedef struct kvs_error {
+    kvs_status status;
+    char message[400]; /* NUL-terminated, one line, names the value that was wrong and what would be right */
+} kvs_error;
+
+KVS_API const char *kvs_status_text(kvs_status status);
+KVS_API const char *kvs_version(void);
+
+/* Caller-supplied memory. alloc returns NULL or a pointer aligned to 64 bytes; free accepts NULL. Weights are mmapped
+ * and libllama's vocabulary uses malloc: neither goes through here. */
+typedef struct kvs_allocator {
+    void *(*alloc)(void *ctx, size_t size_bytes);
+    void (*free)(void *ctx, void *ptr);
+    void *ctx;
+} kvs_allocator;
+
+/* ---- model ------------------------------------------------------------------------------------------------------ */
+
+typedef struct kvs_model kvs_model;
+
+typedef enum kvs_arith {
+    KVS_ARITH_NATIVE = 0, /* the weight type's own integer products with 8-bit activations: fast */
+    KVS_ARITH_F32 = 1,    /* weights widened to f32, f32 activations: what every KL claim runs in */
+} kvs_arith;
+
+typedef struct kvs_model_options {
+    uint32_t n_threads; /* 0: one per core this process may use */
+    uint32_t cpu_mask;  /* KVS_CPU_* bits that may be used; 0: all the machine has */
+    bool rope_like_ggml; /* angles by ggml's f32 recurrence instead of double precision: only to compare logits */
+    bool vocab_only;     /* tokenizer and metadata only; sessions cannot be created */
+    const kvs_allocator *allocator; /* NULL: aligned malloc */
+} kvs_model_options;
+
+typedef struct kvs_model_info {
+    const char *path, *arch, *name; /* owned by the model */
+    uint32_t n_layers, n_heads, n_kv_heads, head_dim, n_embd, n_ff, vocab_size, window_tokens;
+    double rope_base;
+    uint64_t n_params, weight_bytes; /* bytes of the tensors in the file */
+    uint64_t packed_bytes;           /* bytes of weights rearranged in memory at open */
+    uint32_t n_threads;
+    const char *isa; /* instruction set the kernels run on: "scalar", "avx2", "avx512", "avx512vnni" */
+} kvs_model_info;
+
+/* Defaults: all cores, all instruction sets, double-precision angles. */
+KVS_API void kvs_model_options_default(kvs_model_options *opt);
+
+/* Opens a GGUF file. Every offset, type and shape is checked before a tensor is read.
+ *   path  borrowed; opt  NULL for defaults, borrowed;  out  set on success, owned by the caller (kvs_model_close)
+ * Errors: EIO cannot open; EFORMAT truncated, foreign or inconsistent file; EUNSUPPORTED architecture or type;
+ * ENOMEM. *out is NULL on any error. */
+KVS_API kvs_status kvs_model_open(const char *path, const kvs_model_options *opt, kvs_model **out, kvs_error *err);
+/* Frees and sets *m to NULL; *m may be NULL. No session of it may be left. */
+KVS_API void kvs_model_close(kvs_model **m);
+KVS_API void kvs_model_get_info(const kvs_model *m, kvs_model_info *info);
+
+/* Text to tokens. special: markup like <|im_start|> in the text becomes its token (only for templates, never for what
+ * a person typed). tokens [cap_tokens] i32; *n_tokens is the count needed even when it is over cap_tokens (then
+ * EINVAL and nothing is written). add_bos follows the model's own rule when true. Invalid UTF-8 is EFORMAT with the
+ * byte offset. */
+KVS_API kvs_status kvs_tokenize(const kvs_model *m, const char *text, size_t text_bytes, bool add_bos, bool special,
+                                int32_t *tokens, size_t cap_tokens, size_t *n_tokens, kvs_error *err);
+/* The bytes of one token (not always whole UTF-8 characters). Returns the length, writes at most cap_bytes, no NUL.
+ * Control tokens give 0 bytes unless special. Out-of-range tokens give 0. */
+KVS_API size_t kvs_token_text(const kvs_model *m, int32_t token, bool special, char *buf, size_t cap_bytes);
+KVS_API bool kvs_token_is_eog(const kvs_model *m, int32_t token); /* ends a generation (EOS, end of turn) */
+KVS_API int32_t kvs_token_bos(const kvs_model *m);                /* -1 where the model has none */
+
+/* ---- session ---------------------------------------------------------------------------------------------------- */
+
+typedef struct kvs_session kvs_session;
+
+typedef enum kvs_kv_type { KVS_KV_F16 = 0, KVS_KV_F32 = 1 } kvs_kv_type;
+
+typedef enum kvs_position_mode {
+    KVS_POSITION_ROLLBACK = 0, /* keys stay, the next query stands at the cache length (arXiv 2511.04686's script) */
+    KVS_POSITION_KEEP,         /* true positions, with gaps */
+    KVS_POSITION_REROTATE,     /* compacted to ranks */
+    KVS_POSITION_GAPCAP,       /* gaps cut to at most gap_cap */
+    KVS_POSITION_RECOMPUTE,    /* fresh prefill of the kept tokens: an oracle, not a way of saving time */
+    KVS_POSITION_COUNT
+} kvs_position_mode;
+
+/* Bits of a token's flags. */
+enum {
+    KVS_TOKEN_TEMPLATE = 1u << 0,  /* role markers and other template text */
+    KVS_TOKEN_SYSTEM = 1u << 1,    /* system prompt */
+    KVS_TOKEN_PINNED = 1u << 2,    /* a person asked to keep it */
+    KVS_TOKEN_USER = 1u << 3,      /* said by the user */
+    KVS_TOKEN_ASSISTANT = 1u << 4, /* said by the model */
+    KVS_TOKEN_NEEDLE = 1u << 5,    /* part of a planted fact (benchmark) */
+};
+
+typedef struct kvs_session_options {
+    const char *policy;     /* spec as `kvasir policies` lists; NULL: "baseline" (evicts never) */
+    const char *position;   /* "rollback", "keep", "rerotate", "gapcap:16", "recompute"; NULL: the spec's own */
+    uint64_t budget_bytes;  /* hard cap on pages and side arrays; 0: use budget_tokens */
+    uint32_t budget_tokens; /* slots in every head; 0 with budget_bytes 0: the model's window */
+    kvs_kv_type kv_type;
+    kvs_arith arith;
+    uint32_t chunk_tokens; /* rows of one forward step at most; 0: 256 */
+    bool prefill_full;     /* a prompt is prefilled whole before any eviction; refused if the budget is smaller */
+    bool paper_compat;     /* the published script's traits, bugs included (docs/paper.md) */
+    uint64_t seed;
+    const kvs_allocator *allocator; /* NULL: the model's */
+} kvs_session_options;
+
+KVS_API void kvs_session_options_default(kvs_session_options *opt);
+
+/* Creates a session; everything it will hold is reserved here. Errors: EINVAL unknown policy, parameter or mode (the
+ * message suggests the nearest); EBUDGET the budget cannot hold what is protected plus one token; ENOMEM. */
+KVS_API kvs_status kvs_session_create(kvs_model *m, const kvs_session_options *opt, kvs_session **out, kvs_error *err);
+KVS_API void kvs_session_free(kvs_session **s);
+
+/* One session's share of a step. */
+typedef struct kvs_run {
+    kvs_session *session;
+    const int32_t *tokens; /* [n_tokens] vocabulary ids, oldest first; borrowed for the call */
+    const uint8_t *flags;  /* [n_tokens] KVS_TOKEN_* bits, or NULL for none */
+    uint32_t n_tokens;
+    /* Called once per wanted row, in order, with logits [vocab_size] f32 valid during the call; NULL: none wanted.
+     * row is the index into tokens. Return false to cancel the whole step (ECANCELLED). */
+    bool (*on_logits)(void *ctx, uint32_t row, const float *logits);
+    const uint8_t *want; /* [n_tokens] nonzero: this row's logits are wanted; NULL: only the last row's */
+    void *ctx;
+    kvs_status status; /* out: this run's own result */
+} kvs_run;
+
+/* Appends tokens to sessions and runs the model over all their rows together. Results are bit-identical whatever the
+ * batch, the chunking and the thread count. All sessions must be of one model and of one arith; none twice.
+ * Memory: no session passes its budget at any moment; its policy evicts between chunks.
+ * Errors: per run in run->status, and the first of them returned: EINVAL token out of vocabulary (state unchanged);
+ * EBUDGET the policy cannot make room (the tokens before the refusal stay; kvs_session_n_tokens tells how many);
+ * ECANCELLED likewise. */
+KVS_API kvs_status kvs_step(kvs_run *runs, uint32_t n_runs, kvs_error *err);
+
+/* kvs_step for one session: logits [vocab_size] f32 after the last token, may be NULL. */
+KVS_API kvs_status kvs_session_extend(kvs_session *s, const int32_t *tokens, const uint8_t *flags, uint32_t n_tokens,
+                                      float *logits, kvs_error *err);
+
+/* Tells schedules that a turn begins or ends; user text begins, the end-of-turn token ends. A turn that begins may
+ * evict (paper_compat); one that ends may evict (schedule turn_end). Errors as kvs_step. */
+KVS_API kvs_status kvs_session_turn_begin(kvs_session *s, kvs_error *err);
+KVS_API kvs_status kvs_session_turn_end(kvs_session *s, kvs_error *err);
+
+/* Drops the newest slots so that tokens [0, n_tokens) remain said (those of them not evicted remain held). EINVAL if
+ * n_tokens is over the session's count or older than its last eviction; the session is then unchanged. */
+KVS_API kvs_status kvs_session_truncate(kvs_session *s, uint64_t n_tokens, kvs_error *err);
+/* A copy that shares pages until either writes; opt may change policy, position, budget and seed (NULL: the same).
+ * kv_type and arith must be equal. */
+KVS_API kvs_status kvs_session_fork(kvs_session *s, const kvs_session_options *opt, kvs_session **out, kvs_error *err);
+/* Evicts now down to keep_tokens per head (0: what the policy's keep says). Same errors as kvs_step. */
+KVS_API kvs_status kvs_session_evict(kvs_session *s, uint32_t keep_tokens, kvs_error *err);
+/* Serialises into caller memory: with buf NULL only *size_bytes is set. load restores into a session created with the
+ * same model and options: the next logits are bit-identical. EFORMAT names what differs; the session is unchanged. */
+KVS_API kvs_status kvs_session_save(const kvs_session *s, void *buf, size_t cap_bytes, size_t *size_bytes,
+                                    kvs_error *err);
+KVS_API kvs_status kvs_session_load(kvs_session *s, const void *buf, size_t size_bytes, kvs_error *err);
+
+KVS_API uint64_t kvs_session_n_tokens(const kvs_session *s); /* tokens said so far: the next token_idx */
+
+typedef struct kvs_usage {
+    uint64_t budget_bytes, budget_tokens; /* the hard cap, in both units (tokens: per head) */
+    uint64_t live_bytes, live_bytes_peak;         /* K and V of occupied slots */
+    uint64_t reserved_bytes, reserved_bytes_peak; /* pages held, page tables and rounding included */
+    uint64_t side_bytes, side_bytes_peak;         /* pos, rope_pos, accumulators: inside the budget too */
+    uint64_t scratch_bytes, scratch_bytes_peak;   /* activations and score rows: outside the budget, stated */
+    uint64_t kv_bytes, kv_bytes_peak;             /* reserved + side: what the budget bounds */
+    uint64_t shared_bytes;                        /* part of reserved that a fork shares */
+    uint32_t n_slots_max, n_slots_min;            /* live slots of the fullest and the emptiest head */
+    double n_slots_mean;
+    uint64_t n_evictions, n_slots_evicted; /* events; slots over all heads */
+    uint64_t evict_ns, score_ns, select_ns, move_ns; /* time of eviction in all and its parts */
+    double footprint; /* sum over tokens of live slots, as a share of the full cache's (arXiv 2506.17121) */
+} kvs_usage;
+KVS_API void kvs_session_get_usage(const kvs_session *s, kvs_usage *usage);
+
+/* Position indices of the state the next query will meet (docs/metrics.md): means over (layer, KV head). */
+typedef struct kvs_positions {
+    double ldd, rddi, future, out_of_window, collision, order, backward, gap, seam, adjacency, prefix, template_integrity;
+    double future_max, collision_max, order_max; /* worst head */
+    double sinks_lost;   /* 1 if none of the first four tokens is held */
+    double recent_lost;  /* 1 - share of the last 64 tokens held */
+    double mass_lost;    /* EMA of the attention mass evicted; -1 when the kernels recorded none */
+} kvs_positions;
+KVS_API void kvs_session_get_positions(const kvs_session *s, kvs_positions *p);
+
+typedef struct kvs_health {
+    double score;      /* 0 to 100 = 100 exp(-predicted KL); bands 90, 80, 60 */
+    double predicted;  /* nats */
+    const char *worst; /* name of the largest term */
+    bool calibrated;   /* false: the weights are priors */
+    uint32_t alarms;   /* KVS_ALARM_* */
+} kvs_health;
+enum {
+    KVS_ALARM_FUTURE = 1u << 0,
+    KVS_ALARM_WINDOW = 1u << 1,
+    KVS_ALARM_BACKWARD = 1u << 2,
+    KVS_ALARM_BUDGET = 1u << 3,
+    KVS_ALARM_NAN = 1u << 4,
+};
+KVS_API void kvs_session_get_health(const kvs_session *s, kvs_health *h);
+
+/* What one (layer, KV head) holds, ascending pos. pos, rope_pos [cap] i32 may be NULL; returns the number of slots. */
+KVS_API uint32_t kvs_session_keep_set(const kvs_session *s, uint32_t layer, uint32_t kv_head, int32_t *pos,
+                                      int32_t *rope_pos, uint32_t cap);
+
+/* One eviction, told while it happens. */
+typedef struct kvs_event {
+    uint64_t token_idx, index; /* tokens said; how many events came before */
+    const char *path;          /* "pre_turn", "in_prefill", "decode", "turn_end", "manual" */
+    const char *reason;        /* the schedule's trigger, or "budget" */
+    uint32_t n_before, n_after; /* slots of the fullest head */
+    uint64_t evict_ns, score_ns, select_ns, move_ns;
+} kvs_event;
+KVS_API void kvs_session_on_event(kvs_session *s, void (*on_event)(void *ctx, const kvs_event *event), void *ctx);
+
+/* The spec as parsed, with every parameter's value: for manifests. Owned by the session. */
+KVS_API const char *kvs_session_policy(const kvs_session *s);
+KVS_API kvs_position_mode kvs_session_position(const kvs_session *s);
+KVS_API const char *kvs_position_name(kvs_position_mode mode);
+
+/* ---- generation and chat ---------------------------------------------------------------------------------------- */
+
+typedef struct kvs_sampling {
+    float temperature; /* 0: greedy */
+    uint32_t top_k;    /* 0: off */
+    float top_p, min_p; /* 1 and 0: off */
+    float repeat_penalty; /* 1: off */
+    uint32_t repeat_last_tokens;
+    uint64_t seed; /* the draw for a token depends on (seed, token_idx) only */
+    uint32_t max_tokens;
+} kvs_sampling;
+KVS_API void kvs_sampling_default(kvs_sampling *p);
+
+typedef struct kvs_generation {
+    uint32_t n_prompt_tokens, n_tokens;
+    const char *stop; /* "eog", "length", "cancelled" */
+    double ttft_ms, tpot_ms, prefill_ms, total_ms;
+} kvs_generation;
+
+/* Samples after `logits` (as kvs_session_extend left them), feeding each token, the last one included. on_token gets
+ * each token's id and bytes; return false to stop. result may be NULL. */
+typedef bool (*kvs_token_fn)(void *ctx, int32_t token, const char *bytes, size_t n_bytes);
+KVS_API kvs_status kvs_generate(kvs_session *s, float *logits, const kvs_sampling *params, kvs_token_fn on_token,
+                                void *ctx, kvs_generation *result, kvs_error *err);
+
+/* One turn of a conversation through the model's chat template: tokenises, prefills, samples until the end of turn,
+ * feeds the end-of-turn marker. system is used in the first turn only; NULL: the template's own default. */
+KVS_API kvs_status kvs_chat_turn(kvs_session *s, const char *user, const char *system, const kvs_sampling *params,
+                                 kvs_token_fn on_token, void *ctx, kvs_generation *result, kvs_error *err);
+
+typedef struct kvs_message {
+    const char *role, *content; /* "system", "user", "assistant" */
+} kvs_message;
+/* A rendered stretch of conversation: tokens and their flags. Owned by the caller; kvs_rendered_free. */
+typedef struct kvs_rendered {
+    int32_t *tokens; /* [n_tokens] */
+    uint8_t *flags;  /* [n_tokens] KVS_TOKEN_* */
+    size_t n_tokens;
+} kvs_rendered;
+/* Renders messages [n_from, n_messages) as they follow messages [0, n_from), template markers flagged. Content is
+ * tokenised as plain text, so nothing in it can forge a marker. add_generation opens the assistant's turn. A default
+ * system message that the template adds stands before message 0. EUNSUPPORTED: the template is not known. */
+KVS_API kvs_status kvs_chat_render(const kvs_model *m, const kvs_message *messages, size_t n_messages, size_t n_from,
+                                   bool add_generation, kvs_rendered *out, kvs_error *err);
+KVS_API void kvs_rendered_free(kvs_rendered *r);
+
+/* ---- the registry ----------------------------------------------------------------------------------------------- */
+
+typedef struct kvs_param_info {
+    const char *name, *doc;
+    double value, min, max; /* default and range */
+} kvs_param_info;
+typedef struct kvs_policy_info {
+    const char *name, *doc, *source, *exactness, *stages, *needs;
+    const kvs_param_info *params; /* [n_params] */
+    uint32_t n_params;
+} kvs_policy_info;
+KVS_API uint32_t kvs_policy_count(void);
+KVS_API bool kvs_policy_get_info(uint32_t index, kvs_policy_info *info);
+/* Checks a spec without a session. EINVAL as kvs_session_create. */
+KVS_API kvs_status kvs_policy_check(const char *spec, kvs_error *err);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,180 @@
+/* The thread pool: tasks are handed out in order from one counter; workers spin briefly, then sleep. */
+#include "base/base.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <unistd.h>
+
+/* Decode steps follow each other within microseconds, a conversation pauses for seconds: spin for the first, sleep
+ * for the second. About 20 us on a 2.5 GHz core. */
+enum { SPINS_BEFORE_SLEEP = 4000 };
+
+struct kvs_pool {
+    const kvs_allocator *allocator;
+    uint32_t n_threads;
+    pthread_t *threads; /* [n_threads - 1] */
+    pthread_mutex_t run_lock; /* one kvs_pool_run at a time */
+    pthread_mutex_t sleep_lock;
+    pthread_cond_t wake;
+    atomic_uint generation; /* bumped once per run: what workers wait for */
+    atomic_uint n_sleeping;
+    atomic_uint n_busy; /* workers still inside the current run */
+    atomic_uint next_task;
+    atomic_bool stop;
+    kvs_task_fn fn;
+    void *ctx;
+    uint32_t n_tasks;
+    struct worker_arg {
+        struct kvs_pool *pool;
+        uint32_t thread;
+    } *args; /* [n_threads - 1] */
+};
+
+static inline void cpu_relax(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static void work(kvs_pool *p, uint32_t thread)
+{
+    const uint32_t n = p->n_tasks;
+    for (;;) {
+        const uint32_t task = atomic_fetch_add_explicit(&p->next_task, 1, memory_order_relaxed);
+        if (task >= n)
+            return;
+        p->fn(p->ctx, task, thread);
+    }
+}
+
+static void *worker_main(void *arg)
+{
+    kvs_pool *p = ((struct worker_arg *)arg)->pool;
+    const uint32_t thread = ((struct worker_arg *)arg)->thread;
+    unsigned seen = 0;
+    for (;;) {
+        unsigned spins = 0;
+        while (atomic_load_explicit(&p->generation, memory_order_acquire) == seen) {
+            if (++spins < SPINS_BEFORE_SLEEP) {
+                cpu_relax();
+                continue;
+            }
+            pthread_mutex_lock(&p->sleep_lock);
+            atomic_fetch_add(&p->n_sleeping, 1);
+            while (atomic_load(&p->generation) == seen)
+                pthread_cond_wait(&p->wake, &p->sleep_lock);
+            atomic_fetch_sub(&p->n_sleeping, 1);
+            pthread_mutex_unlock(&p->sleep_lock);
+        }
+        seen++;
+        if (atomic_load(&p->stop))
+            return NULL;
+        work(p, thread);
+        atomic_fetch_sub_explicit(&p->n_busy, 1, memory_order_release);
+    }
+}
+
+static void start_run(kvs_pool *p)
+{
+    atomic_store_explicit(&p->next_task, 0, memory_order_relaxed);
+    atomic_store_explicit(&p->n_busy, p->n_threads - 1, memory_order_relaxed);
+    atomic_fetch_add(&p->generation, 1); /* sequentially consistent: pairs with n_sleeping below */
+    if (atomic_load(&p->n_sleeping) != 0) {
+        pthread_mutex_lock(&p->sleep_lock);
+        pthread_cond_broadcast(&p->wake);
+        pthread_mutex_unlock(&p->sleep_lock);
+    }
+}
+
+void kvs_pool_run(kvs_pool *p, kvs_task_fn fn, void *ctx, uint32_t n_tasks)
+{
+    if (n_tasks == 0)
+        return;
+    pthread_mutex_lock(&p->run_lock);
+    if (p->n_threads == 1 || n_tasks == 1) {
+        for (uint32_t i = 0; i < n_tasks; i++)
+            fn(ctx, i, 0);
+        pthread_mutex_unlock(&p->run_lock);
+        return;
+    }
+    p->fn = fn;
+    p->ctx = ctx;
+    p->n_tasks = n_tasks;
+    start_run(p);
+    work(p, 0);
+    unsigned spins = 0;
+    while (atomic_load_explicit(&p->n_busy, memory_order_acquire) != 0) {
+        if (++spins < SPINS_BEFORE_SLEEP)
+            cpu_relax();
+        else
+            sched_yield();
+    }
+    pthread_mutex_unlock(&p->run_lock);
+}
+
+uint32_t kvs_cores_available(void)
+{
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) {
+        const int n = CPU_COUNT(&set);
+        if (n > 0)
+            return (uint32_t)n;
+    }
+    const long n = sysconf(_SC_NPROCESSORS_ONLN);
+    return n > 0 ? (uint32_t)n : 1;
+}
+
+kvs_pool *kvs_pool_create(const kvs_allocator *a, uint32_t n_threads)
+{
+    if (n_threads == 0)
+        n_threads = 1;
+    kvs_pool *p = kvs_alloc(a, 1, sizeof *p);
+    if (p == NULL)
+        return NULL;
+    p->allocator = a;
+    p->threads = kvs_alloc(a, n_threads, sizeof *p->threads);
+    p->args = kvs_alloc(a, n_threads, sizeof *p->args);
+    pthread_mutex_init(&p->run_lock, NULL);
+    pthread_mutex_init(&p->sleep_lock, NULL);
+    pthread_cond_init(&p->wake, NULL);
+    p->n_threads = 1;
+    if (p->threads == NULL || p->args == NULL) {
+        kvs_pool_free(p);
+        return NULL;
+    }
+    for (uint32_t i = 1; i < n_threads; i++) {
+        p->args[i - 1].pool = p;
+        p->args[i - 1].thread = i;
+        if (pthread_create(&p->threads[i - 1], NULL, worker_main, &p->args[i - 1]) != 0)
+            break; /* fewer threads are slower, not wrong */
+        p->n_threads = i + 1;
+    }
+    return p;
+}
+
+void kvs_pool_free(kvs_pool *p)
+{
+    if (p == NULL)
+        return;
+    if (p->n_threads > 1) {
+        atomic_store(&p->stop, true);
+        start_run(p);
+        for (uint32_t i = 1; i < p->n_threads; i++)
+            pthread_join(p->threads[i - 1], NULL);
+    }
+    pthread_cond_destroy(&p->wake);
+    pthread_mutex_destroy(&p->sleep_lock);
+    pthread_mutex_destroy(&p->run_lock);
+    kvs_free(p->allocator, p->threads);
+    kvs_free(p->allocator, p->args);
+    kvs_free(p->allocator, p);
+}
+
+uint32_t kvs_pool_n_threads(const kvs_pool *p)
+{
+    return p->n_threads;
+}
