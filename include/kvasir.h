@@ -261,7 +261,8 @@ enum {
 };
 KVS_API void kvs_session_get_health(const kvs_session *s, kvs_health *h);
 
-/* What one (layer, KV head) holds, ascending pos. pos, rope_pos [cap] i32 may be NULL; returns the number of slots. */
+/* What one (layer, KV head) holds, ascending pos: pos, rope_pos [cap] i32, each may be NULL. Returns the number of
+ * slots; nothing is written when it is over cap. */
 KVS_API uint32_t kvs_session_keep_set(const kvs_session *s, uint32_t layer, uint32_t kv_head, int32_t *pos,
                                       int32_t *rope_pos, uint32_t cap);
 

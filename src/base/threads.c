@@ -22,6 +22,7 @@ struct kvs_pool {
     atomic_uint n_busy; /* workers still inside the current run */
     atomic_uint next_task;
     atomic_bool stop;
+    bool pinned;
     kvs_task_fn fn;
     void *ctx;
     uint32_t n_tasks;
@@ -40,6 +41,35 @@ static inline void cpu_relax(void)
 #endif
 }
 
+/* Schedulers that pack threads (some virtual machines put two busy threads on one core for whole seconds) cost a
+ * factor of two and more here, where every product waits for the slowest thread. So when the pool may use every core
+ * it has, thread i stays on the i-th. The caller is moved too, once: it is one of the pool's threads while a step
+ * runs. A pool of fewer threads than cores pins nothing, so that several processes can share a machine. */
+static void pin_to_core(const cpu_set_t *cores, uint32_t index)
+{
+    cpu_set_t one;
+    for (int cpu = 0; cpu < CPU_SETSIZE; cpu++)
+        if (CPU_ISSET(cpu, cores) && index-- == 0) {
+            CPU_ZERO(&one);
+            CPU_SET(cpu, &one);
+            (void)sched_setaffinity(0, sizeof one, &one); /* a refusal costs speed only */
+            return;
+        }
+}
+
+/* The cores this process was given, read before any thread of it was pinned. */
+static cpu_set_t process_cores;
+static pthread_once_t process_cores_once = PTHREAD_ONCE_INIT;
+
+static void read_process_cores(void)
+{
+    if (sched_getaffinity(0, sizeof process_cores, &process_cores) != 0)
+        CPU_ZERO(&process_cores);
+}
+
+/* The pool the calling thread was pinned for: once is enough. */
+static _Thread_local const kvs_pool *pinned_for;
+
 static void work(kvs_pool *p, uint32_t thread)
 {
     const uint32_t n = p->n_tasks;
@@ -56,6 +86,8 @@ static void *worker_main(void *arg)
     kvs_pool *p = ((struct worker_arg *)arg)->pool;
     const uint32_t thread = ((struct worker_arg *)arg)->thread;
     unsigned seen = 0;
+    if (p->pinned)
+        pin_to_core(&process_cores, thread);
     for (;;) {
         unsigned spins = 0;
         while (atomic_load_explicit(&p->generation, memory_order_acquire) == seen) {
@@ -104,6 +136,10 @@ void kvs_pool_run(kvs_pool *p, kvs_task_fn fn, void *ctx, uint32_t n_tasks)
     p->fn = fn;
     p->ctx = ctx;
     p->n_tasks = n_tasks;
+    if (p->pinned && pinned_for != p) {
+        pin_to_core(&process_cores, 0);
+        pinned_for = p;
+    }
     start_run(p);
     work(p, 0);
     unsigned spins = 0;
@@ -118,12 +154,9 @@ void kvs_pool_run(kvs_pool *p, kvs_task_fn fn, void *ctx, uint32_t n_tasks)
 
 uint32_t kvs_cores_available(void)
 {
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0) {
-        const int n = CPU_COUNT(&set);
-        if (n > 0)
-            return (uint32_t)n;
-    }
+    pthread_once(&process_cores_once, read_process_cores);
+    if (CPU_COUNT(&process_cores) > 0)
+        return (uint32_t)CPU_COUNT(&process_cores);
     const long n = sysconf(_SC_NPROCESSORS_ONLN);
     return n > 0 ? (uint32_t)n : 1;
 }
@@ -142,6 +175,7 @@ kvs_pool *kvs_pool_create(const kvs_allocator *a, uint32_t n_threads)
     pthread_mutex_init(&p->sleep_lock, NULL);
     pthread_cond_init(&p->wake, NULL);
     p->n_threads = 1;
+    p->pinned = n_threads > 1 && n_threads == kvs_cores_available();
     if (p->threads == NULL || p->args == NULL) {
         kvs_pool_free(p);
         return NULL;

@@ -21,6 +21,8 @@ typedef struct kvs_layer_parts {
     kvs_weight q, k, v, gate, up;
 } kvs_layer_parts;
 
+struct kvs_forward; /* activations of one step, forward.h */
+
 typedef struct kvs_vocab kvs_vocab; /* libllama's tokenizer, behind vocab.h */
 
 struct kvs_model {
@@ -40,6 +42,7 @@ struct kvs_model {
     kvs_layer *layers;            /* [n_layers] */
     kvs_layer_parts *parts;       /* [n_layers] */
     kvs_vocab *vocab;
+    struct kvs_forward *forward; /* made with the first session; freed by kvs_model_close through kvs_forward_free */
     void *map;            /* the mmapped file */
     size_t map_bytes;
     char *strings;        /* path, arch, name */

@@ -1,0 +1,114 @@
+/* The cache of one session: ragged pages per (layer, KV head), positions, accumulators, the byte meter.
+ * Includes base and kernels. It moves bytes and keeps the budget; what stays is decided by src/policy.
+ *
+ * One head's slots are a chain of pages in ascending pos. A page's keys and values live in a block of a reference
+ * counted pool, so that forks share them; everything that an eviction changes (live mask, pos, rope_pos, key_rot,
+ * token, accumulators) is the session's own. Evicting clears bits; a page without live slots is given back; pages are
+ * compacted only when room is needed. Kernels give the same bits for scattered and dense slots, so neither sharing nor
+ * compaction nor saving can be seen in a result.
+ */
+#ifndef KVS_CACHE_H
+#define KVS_CACHE_H
+
+#include "base/base.h"
+#include "kernels/kernels.h"
+
+/* Accumulators a policy may ask for, one f32 a slot each. */
+enum { KVS_SIDE_SUM = 0, KVS_SIDE_EMA = 1, KVS_SIDE_MAX = 2, KVS_SIDE_COUNT = 3 };
+
+typedef struct kvs_cache_config {
+    uint32_t n_layers, n_kv_heads, head_dim;
+    bool kv_f32;
+    uint32_t side_mask;     /* bits 1 << KVS_SIDE_* */
+    uint64_t budget_bytes;  /* 0: from budget_tokens */
+    uint32_t budget_tokens; /* slots in every head; 0: from budget_bytes */
+    const kvs_allocator *allocator;
+} kvs_cache_config;
+
+typedef struct kvs_cache kvs_cache;
+
+/* Bytes a budget of n_tokens slots in every head needs, page rounding and side arrays included. */
+uint64_t kvs_cache_bytes_for_tokens(const kvs_cache_config *c, uint32_t n_tokens);
+/* Slots in every head that budget_bytes hold for certain. */
+uint32_t kvs_cache_tokens_for_bytes(const kvs_cache_config *c, uint64_t budget_bytes);
+
+kvs_status kvs_cache_create(const kvs_cache_config *config, kvs_cache **out, kvs_error *err);
+/* A copy that shares every page; budget and side_mask of config may differ (new accumulators start at 0). A smaller
+ * budget is allowed: the caller evicts before it appends. */
+kvs_status kvs_cache_fork(const kvs_cache *parent, const kvs_cache_config *config, kvs_cache **out, kvs_error *err);
+void kvs_cache_free(kvs_cache **c);
+void kvs_cache_clear(kvs_cache *c); /* drops every slot; peaks and counters stay */
+
+/* ---- appending ---- */
+
+/* Slots that can still be appended to every head (after compaction if need be); with cap_tokens > 0 no head is to
+ * pass that many live slots. */
+uint32_t kvs_cache_room(const kvs_cache *c, uint32_t cap_tokens);
+/* Opens n slots at the end of every head for tokens pos[i] (ascending, above all held) and makes their pages writable;
+ * rope_pos = key_rot = the head's next_rope + i. Compacts and copies shared pages as needed. EBUDGET: no room,
+ * unchanged. Keys and values are then written by kvs_cache_page. */
+kvs_status kvs_cache_append(kvs_cache *c, const int32_t *pos, const int32_t *tokens, const uint8_t *flags, uint32_t n,
+                            kvs_error *err);
+
+/* ---- reading ---- */
+
+uint32_t kvs_cache_n_live(const kvs_cache *c, uint32_t layer, uint32_t head);
+uint32_t kvs_cache_n_pages(const kvs_cache *c, uint32_t layer, uint32_t head);
+uint32_t kvs_cache_n_physical(const kvs_cache *c, uint32_t layer, uint32_t head); /* slots, dead ones included */
+uint32_t kvs_cache_live_max(const kvs_cache *c);
+uint32_t kvs_cache_live_min(const kvs_cache *c);
+uint64_t kvs_cache_live_total(const kvs_cache *c);
+uint32_t kvs_cache_pages_max(const kvs_cache *c); /* pages of the longest head now: sizes scratch */
+/* Fills views [n_pages] of one head; side [KVS_SIDE_COUNT] arrays of [n_pages] pointers, each may be NULL. */
+void kvs_cache_views(const kvs_cache *c, uint32_t layer, uint32_t head, kvs_page_view *views,
+                     float **side[KVS_SIDE_COUNT]);
+/* Writable K and V of the page that holds physical slot `slot` of a head; *in_page gets the slot in it. */
+void kvs_cache_locate(kvs_cache *c, uint32_t layer, uint32_t head, uint32_t slot, void **k, void **v,
+                      uint32_t *in_page);
+int32_t kvs_cache_next_rope(const kvs_cache *c, uint32_t layer, uint32_t head);
+
+/* One head's live slots flattened, ascending pos; each array [n_live] or NULL; side as above but plain arrays. */
+typedef struct kvs_head_slots {
+    int32_t *pos, *rope_pos, *key_rot, *token;
+    uint8_t *flags;
+    float *side[KVS_SIDE_COUNT];
+} kvs_head_slots;
+uint32_t kvs_cache_read_head(const kvs_cache *c, uint32_t layer, uint32_t head, const kvs_head_slots *out);
+/* Key as written (not rotated) and value of live slot i: f32 [head_dim]; each may be NULL. */
+void kvs_cache_read_slot(const kvs_cache *c, uint32_t layer, uint32_t head, uint32_t i, float *key, float *value);
+
+/* ---- changing what is held ---- */
+
+/* Keeps the live slots whose keep[i] is nonzero (i in live order) and drops the rest. */
+void kvs_cache_keep(kvs_cache *c, uint32_t layer, uint32_t head, const uint8_t *keep);
+/* Gives the live slots of a head new rope positions and sets where its next key will stand. */
+void kvs_cache_set_rope(kvs_cache *c, uint32_t layer, uint32_t head, const int32_t *rope_pos, int32_t next_rope);
+/* Drops live slots with pos >= pos_end from every head and steps next_rope back by as many. */
+void kvs_cache_truncate(kvs_cache *c, int32_t pos_end);
+void kvs_cache_zero_side(kvs_cache *c, uint32_t which);
+/* Moves the slots of a head together; returns the pages given back. */
+uint32_t kvs_cache_compact(kvs_cache *c, uint32_t layer, uint32_t head);
+
+/* ---- the byte meter ---- */
+
+typedef struct kvs_cache_meter {
+    uint64_t budget_bytes, budget_tokens;
+    uint64_t live_bytes, reserved_bytes, side_bytes, shared_bytes;
+    uint64_t live_bytes_peak, reserved_bytes_peak, side_bytes_peak, kv_bytes_peak;
+    uint64_t footprint_slots; /* sum over appended tokens of the live slots they met, themselves included */
+    uint64_t n_compactions, n_slots_moved, n_pages_copied;
+} kvs_cache_meter;
+void kvs_cache_get_meter(const kvs_cache *c, kvs_cache_meter *m);
+
+/* Share of the last 64 appended tokens whose rope position was not above their predecessor's (mean over heads). */
+double kvs_cache_backward_rate(const kvs_cache *c);
+uint64_t kvs_cache_backward_bits(const kvs_cache *c, uint32_t layer, uint32_t head);
+
+/* ---- snapshots: dense, little-endian, without the budget ---- */
+
+size_t kvs_cache_snapshot_bytes(const kvs_cache *c);
+void kvs_cache_snapshot_write(const kvs_cache *c, uint8_t *buf);
+/* EFORMAT: buf does not describe a cache of this shape; EBUDGET: it does not fit. Unchanged on error. */
+kvs_status kvs_cache_snapshot_read(kvs_cache *c, const uint8_t *buf, size_t n_bytes, kvs_error *err);
+
+#endif

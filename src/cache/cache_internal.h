@@ -1,0 +1,95 @@
+/* What cache.c, pages.c and snapshot.c share. */
+#ifndef KVS_CACHE_INTERNAL_H
+#define KVS_CACHE_INTERNAL_H
+
+#include "cache/cache.h"
+
+#include <pthread.h>
+
+#define KVS_NO_PAGE UINT32_MAX
+
+/* Key/value blocks of one session's reservation; outlives it while a fork still reads them. */
+typedef struct kvs_block_pool {
+    const kvs_allocator *allocator;
+    pthread_mutex_t lock; /* forks on other threads give blocks back */
+    uint32_t n_users;     /* caches that may hold blocks of it */
+    uint32_t n_blocks, n_free;
+    size_t block_bytes;
+    uint8_t *arena;     /* [n_blocks][block_bytes]: keys, then values */
+    uint32_t *refs;     /* [n_blocks] */
+    uint32_t *free_list; /* [n_blocks] */
+} kvs_block_pool;
+
+kvs_block_pool *kvs_block_pool_create(const kvs_allocator *a, uint32_t n_blocks, size_t block_bytes);
+void kvs_block_pool_retain(kvs_block_pool *p);
+void kvs_block_pool_release(kvs_block_pool *p);
+uint32_t kvs_block_take(kvs_block_pool *p);            /* KVS_NO_PAGE when none is free */
+void kvs_block_share(kvs_block_pool *p, uint32_t block);
+void kvs_block_drop(kvs_block_pool *p, uint32_t block);
+bool kvs_block_is_shared(kvs_block_pool *p, uint32_t block);
+
+/* Per-slot facts of one page, the session's own. */
+typedef struct kvs_page_meta {
+    int32_t pos[KVS_PAGE_SLOTS], rope_pos[KVS_PAGE_SLOTS], key_rot[KVS_PAGE_SLOTS];
+    uint32_t token[KVS_PAGE_SLOTS]; /* id in the low 24 bits, KVS_TOKEN_* above */
+} kvs_page_meta;
+
+typedef struct kvs_page {
+    kvs_block_pool *pool;
+    uint64_t live;
+    uint32_t block, next;
+    bool rotated;
+} kvs_page;
+
+typedef struct kvs_head {
+    uint32_t first, last;      /* page chain; KVS_NO_PAGE when empty */
+    uint32_t n_pages, n_live;
+    uint32_t n_physical;       /* slots in use, dead ones included */
+    int32_t next_rope, last_rope;
+    uint64_t backward;         /* bit i: the i-th newest append did not step forward */
+} kvs_head;
+
+struct kvs_cache {
+    kvs_cache_config config;
+    const kvs_allocator *allocator;
+    uint32_t n_heads;        /* n_layers * n_kv_heads */
+    size_t block_bytes, value_offset_bytes, page_side_bytes;
+    uint32_t page_limit;     /* pages the budget allows */
+    uint32_t slot_cap;       /* live slots per head when the budget was given in tokens, else UINT32_MAX */
+    uint32_t n_entries;      /* length of pages[]: page_limit, or what a fork took over */
+    uint32_t n_held;
+    kvs_page *pages;         /* [n_entries] */
+    kvs_page_meta *meta;     /* [n_entries] */
+    float *side[KVS_SIDE_COUNT]; /* [n_entries][64] each, or NULL */
+    uint32_t *free_entries;
+    uint32_t n_free_entries;
+    kvs_head *heads;         /* [n_layers][n_kv_heads] */
+    kvs_block_pool *pool;    /* own */
+    kvs_block_pool **borrowed; /* pools of ancestors whose blocks may be held */
+    uint32_t n_borrowed;
+    uint64_t n_live_total;
+    kvs_cache_meter meter;
+};
+
+static inline kvs_head *kvs_cache_head(const kvs_cache *c, uint32_t layer, uint32_t head)
+{
+    return &c->heads[(size_t)layer * c->config.n_kv_heads + head];
+}
+static inline uint8_t *kvs_page_keys(const kvs_cache *c, const kvs_page *p)
+{
+    return p->pool->arena + (size_t)p->block * c->block_bytes;
+}
+static inline uint8_t *kvs_page_values(const kvs_cache *c, const kvs_page *p)
+{
+    return kvs_page_keys(c, p) + c->value_offset_bytes;
+}
+
+/* pages.c */
+uint32_t kvs_cache_entry_take(kvs_cache *c);                /* entry with a fresh block, or KVS_NO_PAGE */
+void kvs_cache_entry_drop(kvs_cache *c, uint32_t entry);
+void kvs_cache_chain_push(kvs_cache *c, kvs_head *h, uint32_t entry);
+bool kvs_cache_entry_own(kvs_cache *c, uint32_t entry);     /* copies a shared block so that it may be written */
+uint32_t kvs_head_compact(kvs_cache *c, kvs_head *h);
+void kvs_cache_meter_update(kvs_cache *c);
+
+#endif

@@ -1,0 +1,140 @@
+/* Integer products with AVX512-VNNI: vpdpbusd takes four u8 codes of 16 outputs and four s8 activations at once. The
+ * rest of the table is matmul_avx512.c's. */
+#include "kernels/matmul.h"
+
+#include <immintrin.h>
+
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
+enum { ROW_TILE = 12, N_ACC = 8 };
+
+ALWAYS_INLINE __m512i broadcast_codes(const int8_t *q, unsigned j)
+{
+    int32_t word;
+    memcpy(&word, q + j * 4, sizeof word);
+    return _mm512_set1_epi32(word);
+}
+
+/* Exact dot products of one block for one row. Q4: w[0..3] low nibbles, w[4..7] high ones still times 16, which the
+ * shift at the end takes out exactly. Q8_0: w[0..7] bytes. offset: what the codes are above the weights. */
+ALWAYS_INLINE __m512i block_dot(const kvs_weight_type type, const __m512i *w, const struct kvs_act_block *a,
+                                const unsigned r)
+{
+    __m512i lo = _mm512_setzero_si512(), hi = _mm512_setzero_si512();
+    if (type != KVS_WEIGHT_Q4_1)
+        lo = _mm512_set1_epi32((type == KVS_WEIGHT_Q8_0 ? -128 : -8) * a->sum[r]);
+#pragma GCC unroll 4
+    for (unsigned j = 0; j < 4; j++) {
+        lo = _mm512_dpbusd_epi32(lo, w[j], broadcast_codes(a->q[r], j));
+        hi = _mm512_dpbusd_epi32(hi, w[j + 4], broadcast_codes(a->q[r], j + 4));
+    }
+    return _mm512_add_epi32(lo, type == KVS_WEIGHT_Q8_0 ? hi : _mm512_srai_epi32(hi, 4));
+}
+
+ALWAYS_INLINE void load_codes(const kvs_weight_type type, const uint8_t *codes, __m512i *w)
+{
+#pragma GCC unroll 4
+    for (unsigned j = 0; j < 4; j++) {
+        const __m512i v = _mm512_load_si512(codes + (size_t)j * 64);
+        if (type == KVS_WEIGHT_Q8_0) {
+            w[j] = v;
+            w[j + 4] = _mm512_load_si512(codes + (size_t)(j + 4) * 64);
+        } else {
+            w[j] = _mm512_and_si512(v, _mm512_set1_epi8(15));
+            w[j + 4] = _mm512_and_si512(v, _mm512_set1_epi8((char)0xf0));
+        }
+    }
+}
+
+ALWAYS_INLINE __m512 load_half(const uint16_t *h)
+{
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)h));
+}
+
+/* n_panels panels x n_rows rows, n_panels * n_rows <= N_ACC: codes are unpacked once for all rows, and several panels
+ * hide the latency of the two FMAs of a block when rows are few. */
+ALWAYS_INLINE void native_block_rows(const kvs_weight_type type, const unsigned n_rows, const unsigned n_panels,
+                                     const struct kvs_panels *p, const uint8_t *panel, const struct kvs_act_block *tile,
+                                     float *y, size_t y_stride)
+{
+    const uint32_t n_blocks = p->n_in / KVS_QBLOCK;
+    const size_t stride_bytes = p->stride_bytes, m_offset = (size_t)n_blocks * KVS_PANEL;
+    const uint16_t *d = kvs_panel_scales(p, panel);
+    const uint8_t *codes = panel;
+    __m512 acc[N_ACC];
+#pragma GCC unroll 8
+    for (unsigned i = 0; i < n_rows * n_panels; i++)
+        acc[i] = _mm512_setzero_ps();
+    for (uint32_t b = 0; b < n_blocks; b++, tile++, d += KVS_PANEL, codes += kvs_panel_code_bytes(type))
+#pragma GCC unroll 4
+        for (unsigned i = 0; i < n_panels; i++) {
+            const uint16_t *di = d + i * (stride_bytes / sizeof *d);
+            const __m512 dv = load_half(di);
+            const __m512 mv = type == KVS_WEIGHT_Q4_1 ? load_half(di + m_offset) : _mm512_setzero_ps();
+            __m512i w[8];
+            load_codes(type, codes + i * stride_bytes, w);
+#pragma GCC unroll 8
+            for (unsigned r = 0; r < n_rows; r++) {
+                const __m512 sum = _mm512_cvtepi32_ps(block_dot(type, w, tile, r));
+                __m512 *s = &acc[i * n_rows + r];
+                *s = _mm512_fmadd_ps(_mm512_mul_ps(dv, _mm512_set1_ps(tile->d[r])), sum, *s);
+                if (type == KVS_WEIGHT_Q4_1)
+                    *s = _mm512_fmadd_ps(mv, _mm512_set1_ps(tile->s[r]), *s);
+            }
+        }
+#pragma GCC unroll 4
+    for (unsigned i = 0; i < n_panels; i++)
+#pragma GCC unroll 8
+        for (unsigned r = 0; r < n_rows; r++)
+            _mm512_storeu_ps(y + r * y_stride + (size_t)i * KVS_PANEL, acc[i * n_rows + r]);
+}
+
+/* step panels at a time, the rest one by one. */
+ALWAYS_INLINE void native_panels(const kvs_weight_type type, const unsigned n_rows, const unsigned step,
+                                 const struct kvs_panels *p, const struct kvs_act_block *tile, float *y,
+                                 size_t y_stride)
+{
+    const uint8_t *panel = p->base;
+    uint32_t n = 0;
+    for (; n + step <= p->n_panels; n += step, panel += step * p->stride_bytes)
+        native_block_rows(type, n_rows, step, p, panel, tile, y + (size_t)n * KVS_PANEL, y_stride);
+    for (; n < p->n_panels; n++, panel += p->stride_bytes)
+        native_block_rows(type, n_rows, 1, p, panel, tile, y + (size_t)n * KVS_PANEL, y_stride);
+}
+
+ALWAYS_INLINE void native_type(const kvs_weight_type type, const struct kvs_panels *p, const struct kvs_act_block *tile,
+                               uint32_t n_rows, float *y, size_t y_stride)
+{
+#define ROWS_CASE(rows, step)                                                                                          \
+    case rows:                                                                                                         \
+        native_panels(type, rows, step, p, tile, y, y_stride);                                                         \
+        break
+    switch (n_rows) {
+        ROWS_CASE(1, 2);
+        ROWS_CASE(2, 2);
+        ROWS_CASE(3, 1);
+        ROWS_CASE(4, 1);
+        ROWS_CASE(5, 1);
+        ROWS_CASE(6, 1);
+        ROWS_CASE(7, 1);
+        ROWS_CASE(8, 1);
+    default:
+        break;
+    }
+#undef ROWS_CASE
+}
+
+static void native(const struct kvs_panels *p, const struct kvs_act_block *tile, uint32_t n_rows, float *y,
+                   size_t y_stride)
+{
+    if (p->type == KVS_WEIGHT_Q4_0)
+        native_type(KVS_WEIGHT_Q4_0, p, tile, n_rows, y, y_stride);
+    else if (p->type == KVS_WEIGHT_Q4_1)
+        native_type(KVS_WEIGHT_Q4_1, p, tile, n_rows, y, y_stride);
+    else
+        native_type(KVS_WEIGHT_Q8_0, p, tile, n_rows, y, y_stride);
+}
+
+const struct kvs_matmul_kernels kvs_matmul_kernels_avx512vnni = {
+    ROW_TILE, kvs_matmul_f32_few_avx512, kvs_matmul_widen_avx512, kvs_matmul_f32_tile_avx512, kvs_matmul_quantise_avx2,
+    native};

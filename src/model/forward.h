@@ -1,0 +1,52 @@
+/* The forward pass: a plain loop over layers, with attention as the hook that knows caches. Includes base, kernels,
+ * model. One workspace a model: steps of its sessions follow each other. */
+#ifndef KVS_FORWARD_H
+#define KVS_FORWARD_H
+
+#include "model/model.h"
+
+#include <pthread.h>
+
+enum {
+    KVS_STEP_ROWS_MAX = 512,   /* rows of one step over all sessions: beyond this a product gains nothing */
+    KVS_LOGIT_ROWS_MAX = 32,   /* rows whose logits are held at once: 6 MiB at 49,152 tokens */
+};
+
+typedef struct kvs_forward {
+    kvs_model *model;
+    pthread_mutex_t lock; /* held for a whole step */
+    uint32_t max_rows;
+    float *x;       /* [max_rows][n_embd] residual stream */
+    float *norm;    /* [max_rows][n_embd] */
+    float *qkv;     /* [max_rows][(n_heads + 2 n_kv_heads) head_dim] */
+    float *att;     /* [max_rows][n_heads head_dim] */
+    float *gate_up; /* [max_rows][2 n_ff] */
+    float *act;     /* [max_rows][n_ff] */
+    float *logits;  /* [KVS_LOGIT_ROWS_MAX][vocab] */
+    void *matmul_scratch;
+    void *attn_scratch;      /* [n_threads + 1][attn_scratch_bytes]; grown by the session before a step */
+    size_t attn_scratch_bytes;
+    float *tap_m, *tap_l;    /* [n_kv_heads][max_rows][group]: made when the first policy records attention */
+    uint64_t bytes; /* all of the above */
+} kvs_forward;
+
+/* ENOMEM leaves nothing behind. */
+kvs_status kvs_forward_create(kvs_model *m, kvs_forward **out, kvs_error *err);
+void kvs_forward_free(kvs_forward **f);
+/* Makes attn_scratch at least bytes_per_thread; ENOMEM leaves it as it was. */
+kvs_status kvs_forward_need_scratch(kvs_forward *f, size_t bytes_per_thread, kvs_error *err);
+
+/* Makes tap_m and tap_l; ENOMEM leaves them NULL. */
+kvs_status kvs_forward_need_taps(kvs_forward *f, kvs_error *err);
+
+/* Attention of one layer for all rows: reads q, k, v from f->qkv, stores keys and values where they belong, writes
+ * f->att. */
+typedef void (*kvs_attend_hook)(void *ctx, kvs_forward *f, uint32_t layer, uint32_t n_rows);
+
+/* Runs rows [n_rows] of token ids through all layers; f->x holds the last layer's residual stream after it. */
+void kvs_forward_rows(kvs_forward *f, kvs_arith arith, const int32_t *tokens, uint32_t n_rows, kvs_attend_hook attend,
+                      void *ctx);
+/* Logits of rows[n] (indices of the last kvs_forward_rows), n <= KVS_LOGIT_ROWS_MAX, into f->logits [n][vocab]. */
+void kvs_forward_logits(kvs_forward *f, kvs_arith arith, const uint32_t *rows, uint32_t n);
+
+#endif

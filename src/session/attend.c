@@ -1,0 +1,301 @@
+/* Attention of one layer over all sessions of a step: rotates queries and keys to where each head's next slot stands,
+ * stores keys and values in their pages, attends, and records attention mass where a policy asked for it. */
+#include "session/session_internal.h"
+
+#include <string.h>
+
+enum {
+    SCORE_RANGE_SLOTS = 512, /* slots one thread scores when few heads must feed many threads */
+    OUTPUT_DIMS = 32,        /* dims one thread sums up then */
+};
+
+typedef struct layer_task {
+    const kvs_attend_ctx *ctx;
+    kvs_forward *f;
+    uint32_t layer;
+    const uint32_t *block_begin; /* prefix sums of blocks per (run, head) */
+} layer_task;
+
+/* Thread scratch: page views, side pointers, then what the kernels need. */
+typedef struct thread_scratch {
+    kvs_page_view *views;
+    float **side[KVS_SIDE_COUNT];
+    void *kernel;
+} thread_scratch;
+
+static uint32_t max_pages(const kvs_attend_run *runs, uint32_t n_runs)
+{
+    uint32_t pages = 1;
+    for (uint32_t i = 0; i < n_runs; i++)
+        pages = kvs_max_u32(pages, kvs_cache_pages_max(runs[i].session->cache));
+    return pages;
+}
+
+static size_t views_bytes(uint32_t pages)
+{
+    return kvs_round_up(pages * sizeof(kvs_page_view), KVS_ALIGN) +
+           KVS_SIDE_COUNT * kvs_round_up(pages * sizeof(float *), KVS_ALIGN);
+}
+
+size_t kvs_attend_scratch_bytes(const kvs_model *m, const kvs_attend_run *runs, uint32_t n_runs)
+{
+    const uint32_t pages = max_pages(runs, n_runs), slots = pages * KVS_PAGE_SLOTS;
+    const uint32_t group = m->info.n_heads / m->info.n_kv_heads;
+    const size_t per_thread = views_bytes(pages) + kvs_attn_scratch_bytes(group, m->info.head_dim, slots);
+    /* The slot behind the threads' own holds the score rows of all heads of one row, and each range's maxima. */
+    const size_t n_ranges = slots / SCORE_RANGE_SLOTS + 1;
+    const size_t shared = (size_t)m->info.n_heads * (slots + n_ranges + KVS_ALIGN) * sizeof(float);
+    return per_thread > shared ? per_thread : shared;
+}
+
+static thread_scratch scratch_of(const layer_task *t, uint32_t thread)
+{
+    uint8_t *at = (uint8_t *)t->f->attn_scratch + thread * t->f->attn_scratch_bytes;
+    const uint32_t pages = max_pages(t->ctx->runs, t->ctx->n_runs);
+    thread_scratch s = {.views = (kvs_page_view *)(void *)at};
+    at += kvs_round_up(pages * sizeof(kvs_page_view), KVS_ALIGN);
+    for (int i = 0; i < KVS_SIDE_COUNT; i++) {
+        s.side[i] = (float **)(void *)at;
+        at += kvs_round_up(pages * sizeof(float *), KVS_ALIGN);
+    }
+    s.kernel = at;
+    return s;
+}
+
+static size_t qkv_width(const kvs_model_info *i)
+{
+    return (size_t)(i->n_heads + 2 * i->n_kv_heads) * i->head_dim;
+}
+
+/* ---- storing ---- */
+
+/* Rotation for rope position `pos`: from the table, or computed into buf. */
+static const float *rope_row(const kvs_model *m, int32_t pos, float *buf)
+{
+    if (m->rope_like_ggml) {
+        kvs_rope_row_ggml(m, pos, buf);
+        return buf;
+    }
+    if (pos >= 0 && (uint32_t)pos < m->rope.n_pos)
+        return m->rope.rows + (size_t)pos * 2 * m->rope.n_freq;
+    kvs_rope_row(&m->rope, pos, buf);
+    return buf;
+}
+
+/* Task: one (run, KV head). Rotates its queries and keys in place and writes keys and values. */
+static void store_task(void *ctx, uint32_t task, uint32_t thread)
+{
+    (void)thread;
+    const layer_task *t = ctx;
+    const kvs_model *m = t->f->model;
+    const kvs_model_info *i = &m->info;
+    const kvs_attend_run *run = &t->ctx->runs[task / i->n_kv_heads];
+    const uint32_t head = task % i->n_kv_heads, group = i->n_heads / i->n_kv_heads, dh = i->head_dim;
+    kvs_cache *c = run->session->cache;
+    const uint32_t slot0 = kvs_cache_n_physical(c, t->layer, head) - run->n_rows;
+    const int32_t rope0 = kvs_cache_next_rope(c, t->layer, head) - (int32_t)run->n_rows;
+    const bool kv_f32 = run->session->options.kv_type == KVS_KV_F32;
+    float rope_buf[512];
+    for (uint32_t r = 0; r < run->n_rows; r++) {
+        float *row = t->f->qkv + (run->row0 + r) * qkv_width(i);
+        float *q = row + (size_t)head * group * dh;
+        float *k = row + (size_t)(i->n_heads + head) * dh;
+        const float *v = row + (size_t)(i->n_heads + i->n_kv_heads + head) * dh;
+        const float *cos_sin = rope_row(m, rope0 + (int32_t)r, rope_buf);
+        m->kernels->rope(q, group, dh, cos_sin, m->n_freq);
+        m->kernels->rope(k, 1, dh, cos_sin, m->n_freq);
+        void *k_page, *v_page;
+        uint32_t slot;
+        kvs_cache_locate(c, t->layer, head, slot0 + r, &k_page, &v_page, &slot);
+        kvs_page_write(k_page, v_page, slot, k, v, dh, kv_f32);
+    }
+}
+
+/* ---- attending ---- */
+
+static kvs_attn_job make_job(const layer_task *t, const kvs_attend_run *run, uint32_t head, uint32_t row,
+                             uint32_t n_rows, const kvs_page_view *views)
+{
+    const kvs_model *m = t->f->model;
+    const kvs_model_info *i = &m->info;
+    const uint32_t group = i->n_heads / i->n_kv_heads, dh = i->head_dim;
+    const size_t lse = ((size_t)head * t->f->max_rows + run->row0 + row) * group;
+    const bool tapped = t->ctx->tap_needs != 0;
+    return (kvs_attn_job){
+        .pages = views,
+        .limit0 = kvs_cache_n_physical(run->session->cache, t->layer, head) - run->n_rows + row + 1,
+        .n_rows = n_rows,
+        .group = group,
+        .head_dim = dh,
+        .kv_f32 = run->session->options.kv_type == KVS_KV_F32,
+        .scale = 1.0f / __builtin_sqrtf((float)dh),
+        .q = t->f->qkv + (run->row0 + row) * qkv_width(i) + (size_t)head * group * dh,
+        .q_stride = qkv_width(i),
+        .out = t->f->att + (size_t)(run->row0 + row) * i->n_heads * dh + (size_t)head * group * dh,
+        .out_stride = (size_t)i->n_heads * dh,
+        .m = tapped ? t->ctx->m + lse : NULL,
+        .l = tapped ? t->ctx->l + lse : NULL,
+        .rope = &m->rope,
+    };
+}
+
+/* Task: a block of rows of one (run, KV head). */
+static void attend_task(void *ctx, uint32_t task, uint32_t thread)
+{
+    const layer_task *t = ctx;
+    const uint32_t n_kv_heads = t->f->model->info.n_kv_heads;
+    uint32_t low = 0, high = t->ctx->n_runs - 1; /* the run whose blocks hold this task */
+    while (low < high) {
+        const uint32_t mid = (low + high + 1) / 2;
+        if (t->block_begin[mid] <= task)
+            low = mid;
+        else
+            high = mid - 1;
+    }
+    const kvs_attend_run *run = &t->ctx->runs[low];
+    const uint32_t in_run = task - t->block_begin[low];
+    const uint32_t head = in_run % n_kv_heads, row = in_run / n_kv_heads * KVS_ATTN_ROWS_MAX;
+    const thread_scratch s = scratch_of(t, thread);
+    kvs_cache_views(run->session->cache, t->layer, head, s.views, NULL);
+    const kvs_attn_job job =
+        make_job(t, run, head, row, kvs_min_u32(KVS_ATTN_ROWS_MAX, run->n_rows - row), s.views);
+    t->f->model->kernels->attend(&job, s.kernel);
+}
+
+/* ---- one row over few heads: threads share a head ---- */
+
+typedef struct split_task {
+    layer_task layer;
+    uint32_t n_ranges, n_parts, n_slots;
+    size_t stride;      /* of a score row */
+    float *scores, *m_part, *m;
+} split_task;
+
+static void split_scores_task(void *ctx, uint32_t task, uint32_t thread)
+{
+    const split_task *t = ctx;
+    const uint32_t head = task / t->n_ranges, range = task % t->n_ranges;
+    const kvs_attend_run *run = t->layer.ctx->runs;
+    const thread_scratch s = scratch_of(&t->layer, thread);
+    kvs_cache_views(run->session->cache, t->layer.layer, head, s.views, NULL);
+    const kvs_attn_job job = make_job(&t->layer, run, head, 0, 1, s.views);
+    const uint32_t begin = range * SCORE_RANGE_SLOTS;
+    const uint32_t n = kvs_min_u32(t->n_slots, job.limit0);
+    if (begin >= n) {
+        for (uint32_t g = 0; g < job.group; g++)
+            t->m_part[(size_t)(range * t->layer.f->model->info.n_kv_heads + head) * job.group + g] = -__builtin_inff();
+        return;
+    }
+    t->layer.f->model->kernels->attend_scores(
+        &job, begin, kvs_min_u32(n, begin + SCORE_RANGE_SLOTS), t->scores + (size_t)head * job.group * t->stride,
+        t->stride, t->m_part + (size_t)(range * t->layer.f->model->info.n_kv_heads + head) * job.group);
+}
+
+static void split_output_task(void *ctx, uint32_t task, uint32_t thread)
+{
+    const split_task *t = ctx;
+    const kvs_model_info *i = &t->layer.f->model->info;
+    const uint32_t head = task / t->n_parts, part = task % t->n_parts;
+    const kvs_attend_run *run = t->layer.ctx->runs;
+    const thread_scratch s = scratch_of(&t->layer, thread);
+    kvs_cache_views(run->session->cache, t->layer.layer, head, s.views, NULL);
+    const kvs_attn_job job = make_job(&t->layer, run, head, 0, 1, s.views);
+    float m[64];
+    for (uint32_t g = 0; g < job.group; g++) {
+        m[g] = -__builtin_inff();
+        for (uint32_t r = 0; r < t->n_ranges; r++) {
+            const float x = t->m_part[(size_t)(r * i->n_kv_heads + head) * job.group + g];
+            m[g] = x > m[g] ? x : m[g];
+        }
+        if (job.m != NULL && part == 0)
+            job.m[g] = m[g];
+    }
+    const uint32_t begin = part * OUTPUT_DIMS;
+    t->layer.f->model->kernels->attend_output(&job, t->scores + (size_t)head * job.group * t->stride, t->stride, m,
+                                              begin, kvs_min_u32(i->head_dim, begin + OUTPUT_DIMS), s.kernel);
+}
+
+/* Few heads and one row cannot keep the threads busy by themselves once there is much to read. */
+static bool worth_splitting(const kvs_attend_ctx *ctx, const kvs_forward *f, uint32_t layer)
+{
+    const kvs_model_info *i = &f->model->info;
+    const uint32_t n_threads = kvs_pool_n_threads(f->model->pool), group = i->n_heads / i->n_kv_heads;
+    return ctx->n_runs == 1 && ctx->runs[0].n_rows == 1 && n_threads > 1 && group <= 64 &&
+           i->n_kv_heads % n_threads != 0 && kvs_cache_n_physical(ctx->runs[0].session->cache, layer, 0) > 256;
+}
+
+static void attend_split(const layer_task *layer)
+{
+    kvs_forward *f = layer->f;
+    const kvs_model_info *i = &f->model->info;
+    split_task t = {.layer = *layer};
+    for (uint32_t h = 0; h < i->n_kv_heads; h++)
+        t.n_slots = kvs_max_u32(t.n_slots, kvs_cache_n_physical(layer->ctx->runs[0].session->cache, layer->layer, h));
+    t.n_ranges = (t.n_slots + SCORE_RANGE_SLOTS - 1) / SCORE_RANGE_SLOTS;
+    t.n_parts = (i->head_dim + OUTPUT_DIMS - 1) / OUTPUT_DIMS;
+    t.stride = kvs_round_up(t.n_slots, KVS_TILE_SLOTS);
+    t.scores = (float *)(void *)((uint8_t *)f->attn_scratch +
+                                 kvs_pool_n_threads(f->model->pool) * f->attn_scratch_bytes);
+    t.m_part = t.scores + (size_t)i->n_heads * t.stride;
+    kvs_pool_run(f->model->pool, split_scores_task, &t, i->n_kv_heads * t.n_ranges);
+    kvs_pool_run(f->model->pool, split_output_task, &t, i->n_kv_heads * t.n_parts);
+}
+
+/* ---- recording attention mass ---- */
+
+static void tap_run_head(const layer_task *t, const kvs_attend_run *run, uint32_t head, uint32_t thread)
+{
+    const thread_scratch s = scratch_of(t, thread);
+    const kvs_cache *c = run->session->cache;
+    kvs_cache_views(c, t->layer, head, s.views, (float ***)s.side);
+    const uint32_t needs = kvs_policy_needs(&run->session->policy);
+    if (run->tap_reset) {
+        const uint32_t n_pages = kvs_cache_n_pages(c, t->layer, head);
+        for (uint32_t p = 0; p < n_pages; p++)
+            memset(s.side[KVS_SIDE_SUM][p], 0, KVS_PAGE_SLOTS * sizeof(float));
+    }
+    const bool sum = (needs & (KVS_POLICY_NEEDS_MASS_LAST | KVS_POLICY_NEEDS_MASS_SUM)) != 0;
+    const kvs_attn_tap tap = {
+        .sum = sum ? s.side[KVS_SIDE_SUM] : NULL,
+        .ema = needs & KVS_POLICY_NEEDS_MASS_EMA ? s.side[KVS_SIDE_EMA] : NULL,
+        .max = needs & KVS_POLICY_NEEDS_MASS_MAX ? s.side[KVS_SIDE_MAX] : NULL,
+        .ema_decay = 0.05f, /* a memory of about 20 queries; evaluation.md leaves the constant open */
+    };
+    for (uint32_t row = run->tap_from; row < run->n_rows; row += KVS_ATTN_ROWS_MAX) {
+        const kvs_attn_job job =
+            make_job(t, run, head, row, kvs_min_u32(KVS_ATTN_ROWS_MAX, run->n_rows - row), s.views);
+        t->f->model->kernels->attend_tap(&job, &tap, s.kernel);
+    }
+}
+
+static void tap_task(void *ctx, uint32_t task, uint32_t thread)
+{
+    const layer_task *t = ctx;
+    const uint32_t n_kv_heads = t->f->model->info.n_kv_heads;
+    const kvs_attend_run *run = &t->ctx->runs[task / n_kv_heads];
+    if (run->tap_from < run->n_rows)
+        tap_run_head(t, run, task % n_kv_heads, thread);
+}
+
+/* ---- the hook ---- */
+
+void kvs_attend(void *ctx, kvs_forward *f, uint32_t layer, uint32_t n_rows)
+{
+    (void)n_rows;
+    const kvs_attend_ctx *a = ctx;
+    kvs_pool *pool = f->model->pool;
+    const uint32_t n_kv_heads = f->model->info.n_kv_heads;
+    uint32_t begin[KVS_STEP_ROWS_MAX], n_blocks = 0;
+    for (uint32_t r = 0; r < a->n_runs; r++) {
+        begin[r] = n_blocks;
+        n_blocks += (a->runs[r].n_rows + KVS_ATTN_ROWS_MAX - 1) / KVS_ATTN_ROWS_MAX * n_kv_heads;
+    }
+    layer_task t = {.ctx = a, .f = f, .layer = layer, .block_begin = begin};
+    kvs_pool_run(pool, store_task, &t, a->n_runs * n_kv_heads);
+    if (worth_splitting(a, f, layer))
+        attend_split(&t);
+    else
+        kvs_pool_run(pool, attend_task, &t, n_blocks);
+    if (a->tap_needs != 0)
+        kvs_pool_run(pool, tap_task, &t, a->n_runs * n_kv_heads);
+}

@@ -1,0 +1,395 @@
+/* Create, fork, free, truncate, and everything a session tells about itself. The turn loop is in step.c and chat.c. */
+#include "session/session_internal.h"
+
+#include "cache/positions.h"
+#include "session/health.h"
+
+#include <string.h>
+
+void kvs_session_options_default(kvs_session_options *opt)
+{
+    *opt = (kvs_session_options){.kv_type = KVS_KV_F16, .arith = KVS_ARITH_NATIVE, .seed = 1};
+}
+
+static kvs_cache_config cache_config(const kvs_session *s)
+{
+    const kvs_model_info *i = &s->model->info;
+    return (kvs_cache_config){
+        .n_layers = i->n_layers,
+        .n_kv_heads = i->n_kv_heads,
+        .head_dim = i->head_dim,
+        .kv_f32 = s->options.kv_type == KVS_KV_F32,
+        .side_mask = kvs_side_mask(&s->policy),
+        .budget_bytes = s->options.budget_bytes,
+        .budget_tokens = s->options.budget_tokens,
+        .allocator = s->allocator,
+    };
+}
+
+static kvs_status check_options(const kvs_model *m, const kvs_session_options *o, kvs_error *err)
+{
+    if (m->layers == NULL)
+        return kvs_error_set(err, KVS_EINVAL, "model %s was opened with vocab_only: it has no weights", m->info.path);
+    if (o->budget_bytes != 0 && o->budget_tokens != 0)
+        return kvs_error_set(err, KVS_EINVAL, "budget is given in bytes (%llu) and in tokens (%u): give one",
+                             (unsigned long long)o->budget_bytes, o->budget_tokens);
+    if (o->kv_type != KVS_KV_F16 && o->kv_type != KVS_KV_F32)
+        return kvs_error_set(err, KVS_EINVAL, "kv_type %d is not one: f16 or f32", (int)o->kv_type);
+    if (o->arith != KVS_ARITH_NATIVE && o->arith != KVS_ARITH_F32)
+        return kvs_error_set(err, KVS_EINVAL, "arith %d is not one: native or f32", (int)o->arith);
+    return KVS_OK;
+}
+
+/* What must fit whatever happens: the sinks and recent tokens that are protected, and one more. */
+static kvs_status check_budget(const kvs_session *s, kvs_error *err)
+{
+    kvs_cache_meter m;
+    kvs_cache_get_meter(s->cache, &m);
+    const kvs_protect *p = &s->policy.protect;
+    const uint64_t least = s->policy.ops->never_evicts ? 1 : (uint64_t)p->sinks + p->recent + 1;
+    if (m.budget_tokens < least)
+        return kvs_error_set(err, KVS_EBUDGET,
+                             "budget of %llu tokens a head (%llu bytes) cannot hold what is protected (sinks %u, recent "
+                             "%u) plus one token; it must be at least %llutok",
+                             (unsigned long long)m.budget_tokens, (unsigned long long)m.budget_bytes, p->sinks,
+                             p->recent, (unsigned long long)least);
+    if (s->policy.schedule == KVS_SCHEDULE_TOKENS && s->policy.schedule_value > m.budget_tokens &&
+        !s->policy.ops->never_evicts)
+        return kvs_error_set(err, KVS_EINVAL, "trigger tokens:%llu is over the budget of %llu tokens",
+                             (unsigned long long)s->policy.schedule_value, (unsigned long long)m.budget_tokens);
+    if (s->policy.schedule == KVS_SCHEDULE_BYTES && s->policy.schedule_value > m.budget_bytes &&
+        !s->policy.ops->never_evicts)
+        return kvs_error_set(err, KVS_EINVAL, "trigger bytes:%llu is over the budget of %llu bytes",
+                             (unsigned long long)s->policy.schedule_value, (unsigned long long)m.budget_bytes);
+    return KVS_OK;
+}
+
+/* A session without a cache yet. */
+static kvs_status session_new(kvs_model *m, const kvs_session_options *opt, kvs_session **out, kvs_error *err)
+{
+    KVS_TRY(check_options(m, opt, err));
+    const kvs_allocator *a = opt->allocator != NULL ? opt->allocator : m->allocator;
+    kvs_session *s = kvs_alloc(a, 1, sizeof *s);
+    if (s == NULL)
+        return kvs_error_set(err, KVS_ENOMEM, "no memory for a session");
+    s->model = m;
+    s->allocator = a;
+    s->options = *opt;
+    s->options.policy = s->options.position = NULL;
+    s->uniform = true;
+    s->mass_lost = -1;
+    if (opt->budget_bytes == 0 && opt->budget_tokens == 0)
+        s->options.budget_tokens = m->info.window_tokens;
+    const kvs_status status = kvs_policy_parse(opt->policy != NULL ? opt->policy : "baseline", opt->position,
+                                               opt->paper_compat, &s->policy, err);
+    if (status != KVS_OK) {
+        kvs_free(a, s);
+        return status;
+    }
+    *out = s;
+    return KVS_OK;
+}
+
+static kvs_status finish_create(kvs_session *s, kvs_error *err)
+{
+    kvs_forward *f;
+    KVS_TRY(check_budget(s, err));
+    KVS_TRY(kvs_session_forward(s, &f, err));
+    KVS_TRY(kvs_evict_scratch_create(s, err));
+    kvs_cache_meter m;
+    kvs_cache_get_meter(s->cache, &m);
+    const uint32_t chunk = s->options.chunk_tokens != 0 ? s->options.chunk_tokens : 256;
+    const uint32_t quarter = (uint32_t)kvs_max_u32((uint32_t)(m.budget_tokens / 4), 1);
+    s->chunk_tokens = kvs_min_u32(kvs_min_u32(chunk, quarter), f->max_rows);
+    return KVS_OK;
+}
+
+kvs_status kvs_session_create(kvs_model *m, const kvs_session_options *opt, kvs_session **out, kvs_error *err)
+{
+    kvs_session_options defaults;
+    kvs_session_options_default(&defaults);
+    *out = NULL;
+    kvs_session *s;
+    KVS_TRY(session_new(m, opt != NULL ? opt : &defaults, &s, err));
+    const kvs_cache_config config = cache_config(s);
+    kvs_status status = kvs_cache_create(&config, &s->cache, err);
+    if (status == KVS_OK)
+        status = finish_create(s, err);
+    if (status != KVS_OK) {
+        kvs_session_free(&s);
+        return status;
+    }
+    *out = s;
+    return KVS_OK;
+}
+
+void kvs_session_free(kvs_session **session)
+{
+    kvs_session *s = *session;
+    if (s == NULL)
+        return;
+    *session = NULL;
+    kvs_cache_free(&s->cache);
+    kvs_evict_scratch_free(s);
+    kvs_free(s->allocator, s->flag_log);
+    kvs_free(s->allocator, s);
+}
+
+/* ---- fork ---- */
+
+static kvs_status fork_state(const kvs_session *from, kvs_session *s, kvs_error *err)
+{
+    s->n_tokens = from->n_tokens;
+    s->n_tokens_evicted_at = from->n_tokens_evicted_at;
+    s->uniform = from->uniform;
+    s->forward_open = from->forward_open;
+    s->last_was_prompt = from->last_was_prompt;
+    s->mass_lost = from->mass_lost;
+    s->footprint_skip = from->footprint_skip;
+    s->schedule_mark = s->policy.schedule == KVS_SCHEDULE_EVERY ? from->n_tokens : 0;
+    if (strcmp(s->policy.text, from->policy.text) == 0)
+        s->schedule_mark = from->schedule_mark;
+    s->flag_log = kvs_alloc(s->allocator, from->flag_log_capacity, 1);
+    if (s->flag_log == NULL)
+        return kvs_error_set(err, KVS_ENOMEM, "no memory for the log of %zu tokens", from->flag_log_capacity);
+    s->flag_log_capacity = from->flag_log_capacity;
+    if (from->n_tokens > 0)
+        memcpy(s->flag_log, from->flag_log, (size_t)from->n_tokens);
+    return KVS_OK;
+}
+
+/* A fork onto a smaller budget evicts at once. */
+static kvs_status fit_budget(kvs_session *s, kvs_error *err)
+{
+    kvs_cache_meter m;
+    kvs_cache_get_meter(s->cache, &m);
+    if (kvs_cache_live_max(s->cache) <= m.budget_tokens && m.reserved_bytes + m.side_bytes <= m.budget_bytes)
+        return KVS_OK;
+    if (s->policy.ops->never_evicts)
+        return kvs_error_set(err, KVS_EBUDGET, "%u slots a head are held, the new budget has %llu and %s never evicts",
+                             kvs_cache_live_max(s->cache), (unsigned long long)m.budget_tokens, s->policy.ops->name);
+    return kvs_session_evict(s, kvs_keep_default(s), err);
+}
+
+kvs_status kvs_session_fork(kvs_session *from, const kvs_session_options *opt, kvs_session **out, kvs_error *err)
+{
+    *out = NULL;
+    kvs_session_options o = opt != NULL ? *opt : from->options;
+    const bool same_policy = opt == NULL || opt->policy == NULL;
+    if (same_policy)
+        o.policy = from->policy.text;
+    if (o.kv_type != from->options.kv_type || o.arith != from->options.arith)
+        return kvs_error_set(err, KVS_EINVAL, "a fork must have its parent's kv_type and arith");
+    kvs_session *s;
+    KVS_TRY(session_new(from->model, &o, &s, err));
+    if (same_policy && o.position == NULL)
+        s->policy = from->policy; /* paper_compat and the spec's own position may differ from the text's reading */
+    const kvs_cache_config config = cache_config(s);
+    kvs_status status = kvs_cache_fork(from->cache, &config, &s->cache, err);
+    if (status == KVS_OK)
+        status = finish_create(s, err);
+    if (status == KVS_OK)
+        status = fork_state(from, s, err);
+    if (status == KVS_OK)
+        status = fit_budget(s, err);
+    if (status != KVS_OK) {
+        kvs_session_free(&s);
+        return status;
+    }
+    *out = s;
+    return KVS_OK;
+}
+
+/* ---- turns, eviction on demand, truncation ---- */
+
+static kvs_status evict_locked(kvs_session *s, uint32_t keep, const char *path, const char *reason, kvs_error *err)
+{
+    kvs_forward *f;
+    KVS_TRY(kvs_session_forward(s, &f, err));
+    bool progress;
+    pthread_mutex_lock(&f->lock);
+    const kvs_status status = kvs_evict(s, f, keep, path, reason, &progress, err);
+    pthread_mutex_unlock(&f->lock);
+    return status;
+}
+
+kvs_status kvs_session_turn_begin(kvs_session *s, kvs_error *err)
+{
+    s->forward_open = false;
+    if (!s->options.paper_compat || s->policy.ops->never_evicts)
+        return KVS_OK;
+    /* The script's check before the turn has no attention at hand: strategies that need it skip it. */
+    if (kvs_policy_needs(&s->policy) != 0)
+        return KVS_OK;
+    kvs_cache_meter m;
+    kvs_cache_get_meter(s->cache, &m);
+    const bool due = (s->policy.schedule == KVS_SCHEDULE_TOKENS &&
+                      kvs_cache_live_max(s->cache) >= s->policy.schedule_value) ||
+                     (s->policy.schedule == KVS_SCHEDULE_BYTES && m.live_bytes >= s->policy.schedule_value);
+    return due ? evict_locked(s, 0, "pre_turn", s->policy.schedule == KVS_SCHEDULE_BYTES ? "bytes" : "tokens", err)
+               : KVS_OK;
+}
+
+kvs_status kvs_session_turn_end(kvs_session *s, kvs_error *err)
+{
+    if (s->policy.schedule != KVS_SCHEDULE_TURN_END || s->policy.ops->never_evicts)
+        return KVS_OK;
+    return evict_locked(s, 0, "turn_end", "turn_end", err);
+}
+
+kvs_status kvs_session_evict(kvs_session *s, uint32_t keep_tokens, kvs_error *err)
+{
+    if (s->policy.ops->never_evicts)
+        return kvs_error_set(err, KVS_EINVAL, "%s never evicts", s->policy.ops->name);
+    return evict_locked(s, keep_tokens, "manual", "manual", err);
+}
+
+kvs_status kvs_session_truncate(kvs_session *s, uint64_t n_tokens, kvs_error *err)
+{
+    if (n_tokens > s->n_tokens)
+        return kvs_error_set(err, KVS_EINVAL, "cannot truncate to %llu tokens: only %llu were said",
+                             (unsigned long long)n_tokens, (unsigned long long)s->n_tokens);
+    if (n_tokens < s->n_tokens_evicted_at)
+        return kvs_error_set(err, KVS_EINVAL, "cannot truncate to %llu tokens: an eviction at %llu cannot be undone",
+                             (unsigned long long)n_tokens, (unsigned long long)s->n_tokens_evicted_at);
+    kvs_cache_truncate(s->cache, (int32_t)n_tokens);
+    s->n_tokens = n_tokens;
+    s->forward_open = false;
+    s->last_was_prompt = n_tokens > 0 && !(s->flag_log[n_tokens - 1] & KVS_TOKEN_ASSISTANT);
+    return KVS_OK;
+}
+
+/* ---- what a session tells ---- */
+
+uint64_t kvs_session_n_tokens(const kvs_session *s)
+{
+    return s->n_tokens;
+}
+
+const char *kvs_session_policy(const kvs_session *s)
+{
+    return s->policy.text;
+}
+
+kvs_position_mode kvs_session_position(const kvs_session *s)
+{
+    return s->policy.position;
+}
+
+void kvs_session_on_event(kvs_session *s, void (*on_event)(void *ctx, const kvs_event *event), void *ctx)
+{
+    s->on_event = on_event;
+    s->event_ctx = ctx;
+}
+
+void kvs_session_get_usage(const kvs_session *s, kvs_usage *u)
+{
+    kvs_cache_meter m;
+    kvs_cache_get_meter(s->cache, &m);
+    const uint64_t n_heads = (uint64_t)s->model->info.n_layers * s->model->info.n_kv_heads;
+    const double full = (double)n_heads * (double)s->n_tokens * ((double)s->n_tokens + 1) / 2;
+    const uint64_t scratch = s->scratch.bytes + s->flag_log_capacity + s->model->forward->bytes;
+    *u = (kvs_usage){
+        .budget_bytes = m.budget_bytes,
+        .budget_tokens = m.budget_tokens,
+        .live_bytes = m.live_bytes,
+        .live_bytes_peak = m.live_bytes_peak,
+        .reserved_bytes = m.reserved_bytes,
+        .reserved_bytes_peak = m.reserved_bytes_peak,
+        .side_bytes = m.side_bytes,
+        .side_bytes_peak = m.side_bytes_peak,
+        .scratch_bytes = scratch,
+        .scratch_bytes_peak = scratch, /* it only grows */
+        .kv_bytes = m.reserved_bytes + m.side_bytes,
+        .kv_bytes_peak = m.kv_bytes_peak,
+        .shared_bytes = m.shared_bytes,
+        .n_slots_max = kvs_cache_live_max(s->cache),
+        .n_slots_min = kvs_cache_live_min(s->cache),
+        .n_slots_mean = (double)kvs_cache_live_total(s->cache) / (double)n_heads,
+        .n_evictions = s->n_evictions,
+        .n_slots_evicted = s->n_slots_evicted,
+        .evict_ns = s->evict_ns,
+        .score_ns = s->score_ns,
+        .select_ns = s->select_ns,
+        .move_ns = s->move_ns,
+        .footprint = full > 0 ? (double)(m.footprint_slots - s->footprint_skip) / full : 1.0,
+    };
+}
+
+static void measure(const kvs_session *s, kvs_positions_fold *fold, kvs_positions *out)
+{
+    const kvs_evict_scratch *e = &s->scratch;
+    const kvs_model *m = s->model;
+    double integrity = 0;
+    kvs_positions_fold_begin(fold);
+    for (uint32_t layer = 0; layer < m->info.n_layers; layer++)
+        for (uint32_t head = 0; head < m->info.n_kv_heads; head++) {
+            const kvs_head_slots slots = {.pos = e->pos, .rope_pos = e->rope_pos};
+            const uint32_t n = kvs_cache_read_head(s->cache, layer, head, &slots);
+            const int32_t next = kvs_cache_next_rope(s->cache, layer, head);
+            const kvs_positions_ring ring = {
+                .backward = kvs_cache_backward_bits(s->cache, layer, head),
+                .last = next - 1,
+                .n = s->n_tokens > KVS_POSITIONS_RING ? KVS_POSITIONS_RING + 1 : (uint32_t)s->n_tokens,
+            };
+            const kvs_positions_view view = {
+                .pos = e->pos,
+                .rope_pos = e->rope_pos,
+                .n = n,
+                .true_next = (int32_t)s->n_tokens,
+                .rope_next = next,
+                .window_tokens = (int32_t)m->info.window_tokens,
+                .theta = m->theta,
+                .n_freq = m->n_freq,
+                .ring = &ring,
+            };
+            kvs_positions_indices indices;
+            kvs_positions_measure(&view, e->kept_pos, e->kept_rope, &indices);
+            kvs_positions_fold_add(fold, &indices);
+            integrity += kvs_positions_template_integrity(e->pos, n, s->flag_log, (uint32_t)s->n_tokens);
+            if (s->uniform) { /* every head would say the same */
+                kvs_positions_fold_end(fold, out);
+                out->template_integrity = integrity;
+                out->mass_lost = s->mass_lost;
+                return;
+            }
+        }
+    kvs_positions_fold_end(fold, out);
+    out->template_integrity = integrity / ((double)m->info.n_layers * m->info.n_kv_heads);
+    out->mass_lost = s->mass_lost;
+}
+
+void kvs_session_get_positions(const kvs_session *s, kvs_positions *p)
+{
+    kvs_positions_fold fold;
+    measure(s, &fold, p);
+}
+
+void kvs_session_get_health(const kvs_session *s, kvs_health *h)
+{
+    kvs_positions_fold fold;
+    kvs_positions p;
+    measure(s, &fold, &p);
+    kvs_health_inputs in;
+    kvs_health_gather(&p, s->policy.position, fold.distance_max, fold.rope_max, s->model->info.window_tokens, &in);
+    kvs_cache_meter m;
+    kvs_cache_get_meter(s->cache, &m);
+    in.over_budget = m.reserved_bytes + m.side_bytes > m.budget_bytes;
+    in.nan_seen = s->saw_nan;
+    kvs_health_weights weights;
+    kvs_health_priors(&weights);
+    kvs_health_compute(&in, &weights, h);
+}
+
+uint32_t kvs_session_keep_set(const kvs_session *s, uint32_t layer, uint32_t kv_head, int32_t *pos, int32_t *rope_pos,
+                              uint32_t cap)
+{
+    if (layer >= s->model->info.n_layers || kv_head >= s->model->info.n_kv_heads)
+        return 0;
+    const uint32_t n = kvs_cache_n_live(s->cache, layer, kv_head);
+    if (n <= cap) {
+        const kvs_head_slots slots = {.pos = pos, .rope_pos = rope_pos};
+        kvs_cache_read_head(s->cache, layer, kv_head, &slots);
+    }
+    return n;
+}
