@@ -2,6 +2,7 @@
  * stores keys and values in their pages, attends, and records attention mass where a policy asked for it. */
 #include "session/session_internal.h"
 
+#include <math.h>
 #include <string.h>
 
 enum {
@@ -82,6 +83,18 @@ static const float *rope_row(const kvs_model *m, int32_t pos, float *buf)
     return buf;
 }
 
+/* One unit in the last place up or down, by a hash of where the number stands. */
+static void nudge(float *x, uint32_t n, uint64_t seed, uint64_t at)
+{
+    for (uint32_t i = 0; i < n; i++)
+        x[i] = nextafterf(x[i], kvs_hash3(seed, at, i) & 1 ? INFINITY : -INFINITY);
+}
+
+void kvs_session_perturb(kvs_session *s, uint64_t seed)
+{
+    s->perturb_seed = seed;
+}
+
 /* Task: one (run, KV head). Rotates its queries and keys in place and writes keys and values. */
 static void store_task(void *ctx, uint32_t task, uint32_t thread)
 {
@@ -100,7 +113,13 @@ static void store_task(void *ctx, uint32_t task, uint32_t thread)
         float *row = t->f->qkv + (run->row0 + r) * qkv_width(i);
         float *q = row + (size_t)head * group * dh;
         float *k = row + (size_t)(i->n_heads + head) * dh;
-        const float *v = row + (size_t)(i->n_heads + i->n_kv_heads + head) * dh;
+        float *v = row + (size_t)(i->n_heads + i->n_kv_heads + head) * dh;
+        if (run->session->perturb_seed != 0 && t->layer == 0) {
+            const uint64_t at = run->session->n_tokens - run->n_rows + r;
+            nudge(q, group * dh, run->session->perturb_seed, at * 3);
+            nudge(k, dh, run->session->perturb_seed, at * 3 + 1);
+            nudge(v, dh, run->session->perturb_seed, at * 3 + 2);
+        }
         const float *cos_sin = rope_row(m, rope0 + (int32_t)r, rope_buf);
         m->kernels->rope(q, group, dh, cos_sin, m->n_freq);
         m->kernels->rope(k, 1, dh, cos_sin, m->n_freq);

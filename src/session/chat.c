@@ -1,6 +1,7 @@
 /* Generation and turns: sample, feed, stop; the template's pieces around what was said. */
 #include "session/session_internal.h"
 
+#include "model/chat_template.h"
 #include "model/sampler.h"
 
 #include <string.h>
@@ -90,20 +91,6 @@ kvs_status kvs_generate(kvs_session *s, float *logits, const kvs_sampling *param
 
 /* ---- turns ---- */
 
-/* What the template puts behind an answer (end marker, newline): the tail of a rendered assistant message. */
-static kvs_status turn_tail(const kvs_model *m, kvs_rendered *out, kvs_error *err)
-{
-    const kvs_message messages[] = {{"user", "x"}, {"assistant", "x"}};
-    KVS_TRY(kvs_chat_render(m, messages, 2, 1, false, out, err));
-    size_t begin = out->n_tokens;
-    while (begin > 0 && out->flags[begin - 1] & KVS_TOKEN_TEMPLATE)
-        begin--;
-    out->n_tokens -= begin;
-    memmove(out->tokens, out->tokens + begin, out->n_tokens * sizeof *out->tokens);
-    memmove(out->flags, out->flags + begin, out->n_tokens);
-    return KVS_OK;
-}
-
 static kvs_status render_prompt(const kvs_session *s, const char *user, const char *system, kvs_rendered *out,
                                 kvs_error *err)
 {
@@ -143,7 +130,7 @@ kvs_status kvs_chat_turn(kvs_session *s, const char *user, const char *system, c
     float *logits = NULL;
     kvs_status status = render_prompt(s, user, system, &prompt, err);
     if (status == KVS_OK)
-        status = turn_tail(s->model, &tail, err);
+        status = kvs_chat_turn_end(s->model, &tail, err);
     if (status == KVS_OK)
         status = kvs_sampler_create(s->allocator, s->model->info.vocab_size, a.params, &a.sampler, err);
     if (status == KVS_OK && (logits = kvs_alloc(s->allocator, s->model->info.vocab_size, sizeof *logits)) == NULL)

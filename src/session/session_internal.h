@@ -39,6 +39,7 @@ struct kvs_session {
     uint64_t n_evictions, n_slots_evicted, evict_ns, score_ns, select_ns, move_ns;
     uint64_t footprint_skip;    /* slots counted by recomputation, not by new tokens */
     bool saw_nan;
+    uint64_t perturb_seed;      /* != 0: layer 0's q, k, v move by one unit in the last place (the noise floor) */
     uint8_t *flag_log;          /* [n_tokens] flags of everything said: one byte a token, outside the budget */
     size_t flag_log_capacity;
     kvs_evict_scratch scratch;
@@ -76,6 +77,9 @@ void kvs_attend(void *ctx, kvs_forward *f, uint32_t layer, uint32_t n_rows);
 kvs_status kvs_step_raw(kvs_session *s, kvs_forward *f, const int32_t *tokens, const uint8_t *flags,
                         const int32_t *pos, uint32_t n, kvs_error *err);
 kvs_status kvs_session_forward(kvs_session *s, kvs_forward **out, kvs_error *err);
+
+/* The noise floor: from now on this session's inputs are nudged by one rounding step, up or down by the seed. */
+void kvs_session_perturb(kvs_session *s, uint64_t seed);
 
 uint32_t kvs_side_mask(const kvs_policy *p);
 
