@@ -11,9 +11,11 @@
 /* A dialogue as tokens. */
 typedef struct kvs_script_turn {
     uint32_t begin, answer, end; /* [begin, answer) prompt, [answer, end) the recorded answer and its end marker */
+    uint32_t message_end;        /* dialogue messages [.., message_end) end with this turn's answer */
 } kvs_script_turn;
 typedef struct kvs_script {
     const char *id;
+    const kvs_dialogue *dialogue; /* borrowed */
     int32_t *tokens;
     uint8_t *flags;
     uint32_t n_tokens;
@@ -42,6 +44,8 @@ typedef struct kvs_play {
 kvs_status kvs_play_forced(const kvs_play *p, const kvs_script *script, json_t **part, kvs_error *err);
 /* Free-running after the trigger; appends to part's "turns" and "summary" and to "claims". */
 kvs_status kvs_play_free(const kvs_play *p, const kvs_script *script, json_t *part, kvs_error *err);
+/* Messages as the template takes them; calloc'd [n_messages], the caller frees. NULL: no memory. */
+kvs_message *kvs_script_messages(const kvs_dialogue *d);
 
 /* record.c */
 json_t *kvs_json_real(double x); /* null for NaN and infinities */

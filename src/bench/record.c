@@ -103,6 +103,7 @@ static kvs_status render_turn(const kvs_model *m, const kvs_message *messages, s
     KVS_TRY(kvs_chat_render(m, messages, end, from, false, &r, err));
     kvs_script_turn *t = &s->turns[s->n_turns++];
     t->begin = s->n_tokens;
+    t->message_end = (uint32_t)end;
     kvs_status status = append(s, &r, err);
     t->end = s->n_tokens;
     t->answer = t->end;
@@ -115,16 +116,22 @@ static kvs_status render_turn(const kvs_model *m, const kvs_message *messages, s
     return status;
 }
 
+kvs_message *kvs_script_messages(const kvs_dialogue *d)
+{
+    kvs_message *messages = calloc(d->n_messages, sizeof *messages);
+    for (uint32_t i = 0; messages != NULL && i < d->n_messages; i++)
+        messages[i] = (kvs_message){d->messages[i].role, d->messages[i].content};
+    return messages;
+}
+
 kvs_status kvs_script_render(const kvs_model *m, const kvs_dialogue *d, kvs_script *out, kvs_error *err)
 {
-    *out = (kvs_script){.id = d->id};
-    kvs_message *messages = calloc(d->n_messages, sizeof *messages);
+    *out = (kvs_script){.id = d->id, .dialogue = d};
+    kvs_message *messages = kvs_script_messages(d);
     out->turns = calloc(d->n_messages, sizeof *out->turns);
     kvs_status status = messages != NULL && out->turns != NULL
                             ? KVS_OK
                             : kvs_error_set(err, KVS_ENOMEM, "no memory for %u messages", d->n_messages);
-    for (uint32_t i = 0; i < d->n_messages && messages != NULL; i++)
-        messages[i] = (kvs_message){d->messages[i].role, d->messages[i].content};
     size_t from = 0;
     for (uint32_t i = 0; i < d->n_messages && status == KVS_OK; i++)
         if (strcmp(d->messages[i].role, "assistant") == 0) {

@@ -13,7 +13,7 @@ static size_t block_bytes_of(const kvs_cache_config *c)
 
 static size_t side_bytes_of(const kvs_cache_config *c)
 {
-    size_t bytes = sizeof(kvs_page_meta) + sizeof(kvs_page);
+    size_t bytes = sizeof(kvs_page_meta) + sizeof(kvs_page) + 3 * sizeof(uint32_t); /* two free lists, one count */
     for (int s = 0; s < KVS_SIDE_COUNT; s++)
         if (c->side_mask & 1u << s)
             bytes += KVS_PAGE_SLOTS * sizeof(float);
@@ -45,8 +45,9 @@ uint32_t kvs_cache_tokens_for_bytes(const kvs_cache_config *c, uint64_t budget_b
 
 /* ---- create, fork, free ---- */
 
-/* The cache without pages in it: n_entries page entries, the budget's own blocks. */
-static kvs_cache *cache_new(const kvs_cache_config *config, uint32_t page_limit, uint32_t n_entries)
+/* The cache without pages in it: n_entries page entries, the budget's own blocks. store NULL: a new family. */
+static kvs_cache *cache_new(const kvs_cache_config *config, uint32_t page_limit, uint32_t n_entries,
+                            kvs_block_store *store)
 {
     const kvs_allocator *a = config->allocator;
     kvs_cache *c = kvs_alloc(a, 1, sizeof *c);
@@ -65,7 +66,8 @@ static kvs_cache *cache_new(const kvs_cache_config *config, uint32_t page_limit,
     c->meta = kvs_alloc(a, n_entries, sizeof *c->meta);
     c->free_entries = kvs_alloc(a, n_entries, sizeof *c->free_entries);
     c->heads = kvs_alloc(a, c->n_heads, sizeof *c->heads);
-    c->pool = kvs_block_pool_create(a, page_limit, c->block_bytes);
+    c->store = store != NULL ? store : kvs_block_store_create(a, c->block_bytes);
+    c->pool = c->store == NULL ? NULL : kvs_block_store_join(c->store, a, page_limit);
     bool ok = c->pages && c->meta && c->free_entries && c->heads && c->pool;
     for (int s = 0; s < KVS_SIDE_COUNT && ok; s++)
         if (config->side_mask & 1u << s)
@@ -84,6 +86,9 @@ static kvs_cache *cache_new(const kvs_cache_config *config, uint32_t page_limit,
 
 static kvs_status page_limit_of(const kvs_cache_config *config, uint32_t *out, kvs_error *err)
 {
+    if (config->head_dim > KVS_CACHE_HEAD_DIM_MAX)
+        return kvs_error_set(err, KVS_EUNSUPPORTED, "head size %u is over the largest, %d", config->head_dim,
+                             KVS_CACHE_HEAD_DIM_MAX);
     const uint64_t n_heads = (uint64_t)config->n_layers * config->n_kv_heads;
     uint64_t pages = config->budget_bytes != 0
                          ? pages_for_bytes(config, config->budget_bytes)
@@ -106,27 +111,13 @@ kvs_status kvs_cache_create(const kvs_cache_config *config, kvs_cache **out, kvs
     *out = NULL;
     uint32_t page_limit;
     KVS_TRY(page_limit_of(config, &page_limit, err));
-    kvs_cache *c = cache_new(config, page_limit, page_limit);
+    kvs_cache *c = cache_new(config, page_limit, page_limit, NULL);
     if (c == NULL)
         return kvs_error_set(err, KVS_ENOMEM, "no memory for a cache of %u pages of %zu bytes", page_limit,
                              block_bytes_of(config) + side_bytes_of(config));
     kvs_cache_meter_update(c);
     *out = c;
     return KVS_OK;
-}
-
-/* The ancestors' pools whose blocks the child may come to hold: the parent's own and those it borrowed. */
-static bool borrow_pools(kvs_cache *child, const kvs_cache *parent)
-{
-    child->borrowed = kvs_alloc(child->allocator, (size_t)parent->n_borrowed + 1, sizeof *child->borrowed);
-    if (child->borrowed == NULL)
-        return false;
-    child->borrowed[child->n_borrowed++] = parent->pool;
-    for (uint32_t i = 0; i < parent->n_borrowed; i++)
-        child->borrowed[child->n_borrowed++] = parent->borrowed[i];
-    for (uint32_t i = 0; i < child->n_borrowed; i++)
-        kvs_block_pool_retain(child->borrowed[i]);
-    return true;
 }
 
 static void share_head(kvs_cache *c, const kvs_cache *parent, uint32_t index)
@@ -140,7 +131,7 @@ static void share_head(kvs_cache *c, const kvs_cache *parent, uint32_t index)
         const uint32_t mine = c->free_entries[--c->n_free_entries];
         c->pages[mine] = parent->pages[e];
         c->pages[mine].next = KVS_NO_PAGE;
-        kvs_block_share(c->pages[mine].pool, c->pages[mine].block);
+        kvs_block_share(c->store, &c->pages[mine]);
         c->meta[mine] = parent->meta[e];
         for (int s = 0; s < KVS_SIDE_COUNT; s++)
             if (c->side[s] != NULL && parent->side[s] != NULL)
@@ -156,14 +147,13 @@ kvs_status kvs_cache_fork(const kvs_cache *parent, const kvs_cache_config *confi
     *out = NULL;
     uint32_t page_limit;
     KVS_TRY(page_limit_of(config, &page_limit, err));
-    kvs_cache *c = cache_new(config, page_limit, kvs_max_u32(page_limit, parent->n_held));
-    if (c == NULL || !borrow_pools(c, parent)) {
-        kvs_cache_free(&c);
+    kvs_cache *c = cache_new(config, page_limit, kvs_max_u32(page_limit, parent->n_held), parent->store);
+    if (c == NULL)
         return kvs_error_set(err, KVS_ENOMEM, "no memory for a fork of %u pages", page_limit);
-    }
     for (uint32_t i = 0; i < c->n_heads; i++)
         share_head(c, parent, i);
     c->n_live_total = parent->n_live_total;
+    c->over_taken = c->n_held > page_limit;
     c->meter.footprint_slots = parent->meter.footprint_slots;
     kvs_cache_meter_update(c);
     *out = c;
@@ -176,13 +166,10 @@ void kvs_cache_free(kvs_cache **cache)
     if (c == NULL)
         return;
     *cache = NULL;
-    if (c->heads != NULL && c->pool != NULL && c->pages != NULL && c->free_entries != NULL)
+    if (c->n_held > 0)
         kvs_cache_clear(c);
-    for (uint32_t i = 0; i < c->n_borrowed; i++)
-        kvs_block_pool_release(c->borrowed[i]);
-    if (c->pool != NULL)
-        kvs_block_pool_release(c->pool);
-    kvs_free(c->allocator, c->borrowed);
+    if (c->store != NULL)
+        kvs_block_store_leave(c->store, c->pool);
     kvs_free(c->allocator, c->pages);
     kvs_free(c->allocator, c->meta);
     kvs_free(c->allocator, c->free_entries);
@@ -196,7 +183,7 @@ void kvs_cache_clear(kvs_cache *c)
 {
     for (uint32_t i = 0; i < c->n_heads; i++) {
         kvs_head *h = &c->heads[i];
-        for (uint32_t e = h->first; h->n_pages > 0 && e != KVS_NO_PAGE;) {
+        for (uint32_t e = h->first; e != KVS_NO_PAGE;) {
             const uint32_t next = c->pages[e].next;
             kvs_cache_entry_drop(c, e);
             e = next;
@@ -214,10 +201,10 @@ static uint32_t pages_free(const kvs_cache *c)
 {
     if (c->n_held >= c->page_limit)
         return 0;
-    return kvs_min_u32(kvs_min_u32(c->page_limit - c->n_held, c->n_free_entries), c->pool->n_free);
+    return kvs_min_u32(kvs_min_u32(c->page_limit - c->n_held, c->n_free_entries), kvs_block_n_free(c->store));
 }
 
-/* Pages head h must take to hold n more slots; a shared tail page needs a block for its copy. */
+/* Pages head h must take to hold n more slots. */
 static uint32_t pages_needed(const kvs_head *h, uint32_t n)
 {
     const uint32_t end = h->n_physical + n;
@@ -239,7 +226,8 @@ uint32_t kvs_cache_room(const kvs_cache *c, uint32_t cap_tokens)
     if (live_max >= cap)
         return 0;
     /* As many as fit if every head were dense: what append can reach by compacting. */
-    uint32_t low = 0, high = kvs_min_u32(cap - live_max, c->page_limit * KVS_PAGE_SLOTS);
+    const uint64_t slots = (uint64_t)c->page_limit * KVS_PAGE_SLOTS;
+    uint32_t low = 0, high = slots < cap - live_max ? (uint32_t)slots : cap - live_max;
     while (low < high) {
         const uint32_t n = low + (high - low + 1) / 2;
         uint64_t pages = 0;
@@ -317,8 +305,9 @@ kvs_status kvs_cache_append(kvs_cache *c, const int32_t *pos, const int32_t *tok
                              kvs_cache_room(c, 0), (unsigned long long)c->meter.budget_bytes);
     compact_sparse(c);
     if (!own_tails(c) || !make_room(c, n) || !own_tails(c))
-        return kvs_error_set(err, KVS_EBUDGET, "%u tokens do not fit: forks hold %u pages of this session", n,
-                             c->pool->n_blocks - c->pool->n_free);
+        return kvs_error_set(err, KVS_EBUDGET,
+                             "%u tokens do not fit: a fork onto a smaller budget has yet to evict; %u blocks are free",
+                             n, kvs_block_n_free(c->store));
     for (uint32_t i = 0; i < c->n_heads; i++)
         append_head(c, &c->heads[i], pos, tokens, flags, n);
     /* Each row meets the slots before it and itself. */
@@ -485,10 +474,8 @@ static void drop_dead_pages(kvs_cache *c, kvs_head *h)
             h->first = next;
         else
             c->pages[prev].next = next;
-        if (e == h->last) {
-            h->last = prev;
-            /* The page before is now the tail: it counts as full, so its slots must all be behind us. */
-        }
+        if (e == h->last)
+            h->last = prev; /* counts as full: the next slot opens a page */
         kvs_cache_entry_drop(c, e);
         e = next;
     }
@@ -529,6 +516,18 @@ void kvs_cache_set_rope(kvs_cache *c, uint32_t layer, uint32_t head, const int32
     h->next_rope = next_rope;
 }
 
+/* Undoes n appends in what a head remembers of them. The oldest one undone, said again, must go backward again if it
+ * did; beyond 64 that is no longer known, and nothing but an eviction makes it so. */
+static void step_back(kvs_head *h, uint32_t n)
+{
+    if (n == 0)
+        return;
+    const bool was_backward = n <= 64 && (h->backward >> (n - 1) & 1) != 0;
+    h->backward = n < 64 ? h->backward >> n : 0;
+    h->next_rope -= (int32_t)n;
+    h->last_rope = was_backward ? h->next_rope : h->next_rope - 1;
+}
+
 void kvs_cache_truncate(kvs_cache *c, int32_t pos_end)
 {
     for (uint32_t i = 0; i < c->n_heads; i++) {
@@ -543,9 +542,7 @@ void kvs_cache_truncate(kvs_cache *c, int32_t pos_end)
                 }
             }
         h->n_live -= dropped;
-        h->next_rope -= (int32_t)dropped;
-        h->last_rope = h->next_rope - 1;
-        h->backward >>= kvs_min_u32(dropped, 63);
+        step_back(h, dropped);
         c->n_live_total -= dropped;
         drop_dead_pages(c, h);
         /* Slots behind the last live one are free again. */
@@ -592,6 +589,9 @@ void kvs_cache_meter_update(kvs_cache *c)
     m->live_bytes = c->n_live_total * 2 * c->config.head_dim * (c->config.kv_f32 ? 4 : 2);
     m->reserved_bytes = (uint64_t)c->n_held * c->block_bytes;
     m->side_bytes = fixed_bytes_of(&c->config) + (uint64_t)c->n_held * c->page_side_bytes;
+    c->over_taken = c->over_taken && c->n_held > c->page_limit;
+    if (c->over_taken)
+        return; /* what is over the budget are still the parent's pages */
     raise_peak(&m->live_bytes_peak, m->live_bytes);
     raise_peak(&m->reserved_bytes_peak, m->reserved_bytes);
     raise_peak(&m->side_bytes_peak, m->side_bytes);
@@ -604,7 +604,7 @@ void kvs_cache_get_meter(const kvs_cache *c, kvs_cache_meter *m)
     m->shared_bytes = 0;
     for (uint32_t i = 0; i < c->n_heads; i++)
         for (uint32_t e = c->heads[i].first; e != KVS_NO_PAGE; e = c->pages[e].next)
-            if (c->pages[e].pool != c->pool || kvs_block_is_shared(c->pages[e].pool, c->pages[e].block))
+            if (kvs_block_is_shared(c->store, &c->pages[e]))
                 m->shared_bytes += c->block_bytes;
 }
 

@@ -8,25 +8,42 @@
 
 #define KVS_NO_PAGE UINT32_MAX
 
-/* Key/value blocks of one session's reservation; outlives it while a fork still reads them. */
+enum { KVS_CACHE_HEAD_DIM_MAX = 512 }; /* rows on the stack: of a snapshot, of attention's rotations */
+
+/* The blocks one cache brought: as many as its budget allows. Guarded by the store's lock. */
 typedef struct kvs_block_pool {
+    struct kvs_block_pool *next;
     const kvs_allocator *allocator;
-    pthread_mutex_t lock; /* forks on other threads give blocks back */
-    uint32_t n_users;     /* caches that may hold blocks of it */
+    bool orphan; /* its cache is gone: freed with its last block */
     uint32_t n_blocks, n_free;
-    size_t block_bytes;
-    uint8_t *arena;     /* [n_blocks][block_bytes]: keys, then values */
-    uint32_t *refs;     /* [n_blocks] */
+    uint8_t *arena;      /* [n_blocks][block_bytes]: keys, then values */
+    uint32_t *refs;      /* [n_blocks] */
     uint32_t *free_list; /* [n_blocks] */
 } kvs_block_pool;
 
-kvs_block_pool *kvs_block_pool_create(const kvs_allocator *a, uint32_t n_blocks, size_t block_bytes);
-void kvs_block_pool_retain(kvs_block_pool *p);
-void kvs_block_pool_release(kvs_block_pool *p);
-uint32_t kvs_block_take(kvs_block_pool *p);            /* KVS_NO_PAGE when none is free */
-void kvs_block_share(kvs_block_pool *p, uint32_t block);
-void kvs_block_drop(kvs_block_pool *p, uint32_t block);
-bool kvs_block_is_shared(kvs_block_pool *p, uint32_t block);
+/* Key/value blocks of a cache and all its forks. A cache draws from its own pool first, then from any other of the
+ * family: each holds at most as many blocks as it brought, so none is ever short because a fork still reads blocks
+ * that it evicted. (Only a fork onto a smaller budget that has not evicted yet holds more than it brought.) */
+typedef struct kvs_block_store {
+    const kvs_allocator *allocator;
+    pthread_mutex_t lock; /* forks may run on other threads */
+    uint32_t n_users;     /* caches */
+    size_t block_bytes;
+    kvs_block_pool *pools;
+} kvs_block_store;
+
+struct kvs_page;
+kvs_block_store *kvs_block_store_create(const kvs_allocator *a, size_t block_bytes);
+/* A new cache of the family with a pool of its own; NULL when there is no memory. */
+kvs_block_pool *kvs_block_store_join(kvs_block_store *s, const kvs_allocator *a, uint32_t n_blocks);
+/* The cache that owns `pool` (NULL: it never got one) is gone; the last one frees the store. */
+void kvs_block_store_leave(kvs_block_store *s, kvs_block_pool *pool);
+uint32_t kvs_block_n_free(kvs_block_store *s);
+/* Sets pool and block of p; false when none is free. */
+bool kvs_block_take(kvs_block_store *s, kvs_block_pool *own, struct kvs_page *p);
+void kvs_block_share(kvs_block_store *s, const struct kvs_page *p);
+void kvs_block_drop(kvs_block_store *s, const struct kvs_page *p);
+bool kvs_block_is_shared(kvs_block_store *s, const struct kvs_page *p);
 
 /* Per-slot facts of one page, the session's own. */
 typedef struct kvs_page_meta {
@@ -64,9 +81,9 @@ struct kvs_cache {
     uint32_t *free_entries;
     uint32_t n_free_entries;
     kvs_head *heads;         /* [n_layers][n_kv_heads] */
+    kvs_block_store *store;  /* shared with forks */
     kvs_block_pool *pool;    /* own */
-    kvs_block_pool **borrowed; /* pools of ancestors whose blocks may be held */
-    uint32_t n_borrowed;
+    bool over_taken;         /* a fork that took over more than its own budget and has yet to evict */
     uint64_t n_live_total;
     kvs_cache_meter meter;
 };

@@ -107,7 +107,7 @@ static void get_halves(reader *r, float *x, uint32_t n, bool f32)
 
 static void write_head(const kvs_cache *c, const kvs_head *h, writer *w)
 {
-    float key[1024], value[1024];
+    float key[KVS_CACHE_HEAD_DIM_MAX], value[KVS_CACHE_HEAD_DIM_MAX];
     const uint32_t dh = c->config.head_dim;
     put_u32(w, h->n_live);
     put_u32(w, (uint32_t)h->next_rope);
@@ -145,6 +145,16 @@ void kvs_cache_snapshot_write(const kvs_cache *c, uint8_t *buf)
         put_u64(&w, counters[i]);
     for (uint32_t h = 0; h < c->n_heads; h++)
         write_head(c, &c->heads[h], &w);
+}
+
+/* Blocks that dropping every page would free. */
+static uint64_t n_exclusive(const kvs_cache *c)
+{
+    uint64_t n = 0;
+    for (uint32_t h = 0; h < c->n_heads; h++)
+        for (uint32_t e = c->heads[h].first; e != KVS_NO_PAGE; e = c->pages[e].next)
+            n += !kvs_block_is_shared(c->store, &c->pages[e]);
+    return n;
 }
 
 /* Walks the whole of buf without changing anything: shape, counts, order, length. */
@@ -187,14 +197,17 @@ static kvs_status check_snapshot(const kvs_cache *c, reader r, kvs_error *err)
     if (pages > c->page_limit)
         return kvs_error_set(err, KVS_EBUDGET, "cache snapshot needs %llu pages, the budget has %u",
                              (unsigned long long)pages, c->page_limit);
-    if (c->pool->n_free + c->n_held < pages)
-        return kvs_error_set(err, KVS_EBUDGET, "forks of this session hold pages that the snapshot needs");
+    if (r.at != r.end)
+        return kvs_error_set(err, KVS_EFORMAT, "cache snapshot: %zu bytes follow the last head",
+                             (size_t)(r.end - r.at));
+    if (kvs_block_n_free(c->store) + n_exclusive(c) < pages)
+        return kvs_error_set(err, KVS_EBUDGET, "a fork onto a smaller budget holds pages that the snapshot needs");
     return KVS_OK;
 }
 
 static void read_head(kvs_cache *c, kvs_head *h, reader *r)
 {
-    float key[1024], value[1024];
+    float key[KVS_CACHE_HEAD_DIM_MAX], value[KVS_CACHE_HEAD_DIM_MAX];
     const uint32_t dh = c->config.head_dim;
     h->n_live = h->n_physical = get_u32(r);
     h->next_rope = (int32_t)get_u32(r);
@@ -232,6 +245,9 @@ kvs_status kvs_cache_snapshot_read(kvs_cache *c, const uint8_t *buf, size_t n_by
                             &m->footprint_slots, &m->n_compactions,       &m->n_slots_moved,   &m->n_pages_copied};
     for (size_t i = 0; i < sizeof counters / sizeof *counters; i++)
         *counters[i] = get_u64(&r);
+    for (int i = 0; i < 4; i++) /* peaks under a larger budget are not this cache's */
+        if (*counters[i] > m->budget_bytes)
+            *counters[0] = *counters[1] = *counters[2] = *counters[3] = 0;
     for (uint32_t h = 0; h < c->n_heads; h++) {
         read_head(c, &c->heads[h], &r);
         c->n_live_total += c->heads[h].n_live;

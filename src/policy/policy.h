@@ -25,7 +25,7 @@ typedef struct kvs_protect {
 
 typedef struct kvs_policy {
     const kvs_policy_ops *ops;
-    double params[KVS_POLICY_PARAMS_MAX];
+    double params[KVS_POLICY_PARAMS_MAX]; /* of the preset, then the keep share (0: none) */
     kvs_schedule_kind schedule;
     uint64_t schedule_value; /* bytes, tokens or n */
     double keep_ratio;       /* > 0: share of what is there */
@@ -45,7 +45,7 @@ kvs_status kvs_size_parse(const char *text, uint64_t *bytes, uint64_t *tokens, k
 
 uint32_t kvs_policy_needs(const kvs_policy *p);
 kvs_policy_scope kvs_policy_scope_of(const kvs_policy *p);
-/* Slots to keep of n_slots; n_full is what an absent `keep` means. At least 1; n_slots or more means nothing to do. */
+/* Slots to keep of n_slots (a share rounds down, as the paper's script does); n_full is what an absent `keep` means. At least 1; n_slots or more means nothing to do. */
 uint32_t kvs_policy_target(const kvs_policy *p, const kvs_policy_view *view, uint32_t n_full);
 
 /* The registry: the only list of policies. */

@@ -41,8 +41,13 @@ uint32_t kvs_policy_count(void)
     return N_POLICIES;
 }
 
-static const char *needs_text(uint32_t needs)
+/* With the parameters' defaults. */
+static const char *needs_text(const kvs_policy_ops *ops)
 {
+    double params[KVS_POLICY_PARAMS_MAX] = {0};
+    for (uint32_t i = 0; i < ops->n_params; i++)
+        params[i] = ops->params[i].value;
+    const uint32_t needs = ops->needs | (ops->needs_of == NULL ? 0 : ops->needs_of(params));
     if (needs & KVS_POLICY_NEEDS_MASS_EMA)
         return "attention mass, moving average";
     if (needs & KVS_POLICY_NEEDS_MASS_SUM)
@@ -68,7 +73,7 @@ bool kvs_policy_get_info(uint32_t index, kvs_policy_info *info)
         .source = ops->source,
         .exactness = ops->exactness,
         .stages = stages,
-        .needs = needs_text(ops->needs),
+        .needs = needs_text(ops),
         .params = ops->params,
         .n_params = ops->n_params,
     };
@@ -78,5 +83,7 @@ bool kvs_policy_get_info(uint32_t index, kvs_policy_info *info)
 kvs_status kvs_policy_check(const char *spec, kvs_error *err)
 {
     kvs_policy p;
+    if (spec == NULL)
+        return kvs_error_set(err, KVS_EINVAL, "policy spec is NULL: write one, as streaming:sinks=4");
     return kvs_policy_parse(spec, NULL, false, &p, err);
 }

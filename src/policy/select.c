@@ -10,6 +10,8 @@ static uint32_t ordered(float x)
 {
     if (x != x)
         return 0;
+    if (x == 0.0f)
+        return 0x80000000u; /* -0 equals 0: a tie, not an order */
     uint32_t u;
     memcpy(&u, &x, sizeof u);
     return u & 0x80000000u ? ~u : u | 0x80000000u;

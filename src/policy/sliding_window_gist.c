@@ -1,5 +1,5 @@
 /* Keep the first `gist` tokens and the newest `recent`. Source: arXiv 2511.04686, "SlidingWindowGist"; the paper's run is
- * gist 2000, recent 0. No-op while gist + recent hold all there is. */
+ * gist 2000, recent 0. No-op while gist + recent hold all there is. First means first in the cache, as in the script. */
 #include "policy/policy.h"
 
 static const kvs_param_info params_info[] = {
@@ -13,16 +13,13 @@ static void score(const double *params, const kvs_policy_view *view, float *scor
 {
     const double gist = params[0];
     for (uint32_t i = 0; i < view->n_slots; i++)
-        scores[i] = (double)view->pos[i] < gist ? 1.2e7f - (float)view->pos[i] : (float)i;
+        scores[i] = (double)i < gist ? 1.2e7f - (float)i : (float)i;
 }
 
 static uint32_t target(const double *params, const kvs_policy_view *view, uint32_t n_default)
 {
     (void)n_default;
-    uint32_t n_gist = 0;
-    while (n_gist < view->n_slots && (double)view->pos[n_gist] < params[0])
-        n_gist++;
-    const double want = n_gist + params[1];
+    const double want = params[0] + params[1];
     if (want < 1)
         return 1; /* both 0: the script keeps the last token */
     return want > view->n_slots ? view->n_slots : (uint32_t)want;

@@ -14,8 +14,8 @@ static void score(const double *params, const kvs_policy_view *view, float *scor
     for (uint32_t i = 0; i < view->n_slots; i++) {
         if (i >= n - params[1])
             scores[i] = 2e9f + (float)i * 256.0f; /* recency first */
-        else if ((double)view->pos[i] < params[0])
-            scores[i] = 1e9f - (float)view->pos[i] * 64.0f;
+        else if ((double)i < params[0])
+            scores[i] = 1e9f - (float)i * 64.0f;
         else
             scores[i] = view->mass_sum[i];
     }

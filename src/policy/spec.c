@@ -20,8 +20,13 @@ const char *kvs_position_name(kvs_position_mode mode)
 
 /* ---- words and numbers ---- */
 
+#define SPACE " \t\n\v\f\r"
+
+enum { SPEC_BYTES_MAX = 400 };
+
+/* As long as a spec: a word is never cut, so that what was read is what was meant. */
 typedef struct word {
-    char text[64];
+    char text[SPEC_BYTES_MAX + 1];
 } word;
 
 /* Copies text up to any of `stops` into w; returns what follows, at the stop character or the end. */
@@ -31,6 +36,9 @@ static const char *next_word(const char *text, const char *stops, word *w)
     const size_t copied = n < sizeof w->text - 1 ? n : sizeof w->text - 1;
     memcpy(w->text, text, copied);
     w->text[copied] = '\0';
+    for (size_t i = 0; i < copied; i++)
+        if (iscntrl((unsigned char)w->text[i]))
+            w->text[i] = '?'; /* no name holds one, and messages are one line */
     return text + n;
 }
 
@@ -38,11 +46,11 @@ static kvs_status unknown(kvs_error *err, const char *what, const char *text, co
 {
     const char *near = kvs_nearest(text, known, n);
     if (near != NULL)
-        return kvs_error_set(err, KVS_EINVAL, "unknown %s '%s': did you mean '%s'?", what, text, near);
+        return kvs_error_set(err, KVS_EINVAL, "unknown %s '%.60s': did you mean '%s'?", what, text, near);
     char list[256] = "";
     for (size_t i = 0, at = 0; i < n && at < sizeof list - 32; i++)
         at += (size_t)snprintf(list + at, sizeof list - at, "%s%s", i == 0 ? "" : ", ", known[i]);
-    return kvs_error_set(err, KVS_EINVAL, "unknown %s '%s': known are %s", what, text, list);
+    return kvs_error_set(err, KVS_EINVAL, "unknown %s '%.60s': known are %s", what, text, list);
 }
 
 static bool parse_double(const char *text, double *out)
@@ -76,7 +84,9 @@ kvs_status kvs_size_parse(const char *text, uint64_t *bytes, uint64_t *tokens, k
             return KVS_OK;
         }
     }
-    return kvs_error_set(err, KVS_EINVAL, "size '%s' is not one: write 600MiB, 1.5GiB or 4800tok", text);
+    word shown;
+    next_word(text, "", &shown);
+    return kvs_error_set(err, KVS_EINVAL, "size '%.60s' is not one: write 600MiB, 1.5GiB or 4800tok", shown.text);
 }
 
 kvs_status kvs_position_parse(const char *text, kvs_position_mode *mode, int32_t *gap_cap, kvs_error *err)
@@ -92,8 +102,8 @@ kvs_status kvs_position_parse(const char *text, kvs_position_mode *mode, int32_t
             return KVS_OK;
         double g;
         if (m != KVS_POSITION_GAPCAP || !parse_double(rest + 1, &g) || g < 1 || g > 1e9 || g != floor(g))
-            return kvs_error_set(err, KVS_EINVAL, "position '%s' is not one: only gapcap takes a number, as gapcap:16",
-                                 text);
+            return kvs_error_set(err, KVS_EINVAL, "position '%s' with '%.60s': only gapcap takes a number, from 1, as "
+                                 "gapcap:16", position_names[m], next_word(rest + 1, "", &name) ? name.text : "");
         *gap_cap = (int32_t)g;
         return KVS_OK;
     }
@@ -112,7 +122,7 @@ static kvs_status parse_keep(const char *text, kvs_policy *p, kvs_error *err)
         return KVS_OK;
     }
     if (!parse_double(text, &x) || x <= 0 || x > 1)
-        return kvs_error_set(err, KVS_EINVAL, "keep '%s' must be a share in (0, 1] or a count such as 766tok", text);
+        return kvs_error_set(err, KVS_EINVAL, "keep '%.60s' must be a share in (0, 1] or a count such as 766tok", text);
     p->keep_ratio = x;
     p->keep_tokens = 0;
     return KVS_OK;
@@ -132,7 +142,7 @@ static kvs_status parse_param(const char *name, const char *value, kvs_policy *p
             continue;
         double x;
         if (!parse_double(value, &x) || x < ops->params[i].min || x > ops->params[i].max)
-            return kvs_error_set(err, KVS_EINVAL, "%s: %s '%s' must be a number from %g to %g", ops->name, name, value,
+            return kvs_error_set(err, KVS_EINVAL, "%s: %s '%.60s' must be a number from %g to %g", ops->name, name, value,
                                  ops->params[i].min, ops->params[i].max);
         p->params[i] = x;
         return KVS_OK;
@@ -144,11 +154,14 @@ static kvs_status parse_param(const char *name, const char *value, kvs_policy *p
 
 static kvs_status parse_params(const char *args, kvs_policy *p, kvs_error *err)
 {
+    if (*args == '\0')
+        return kvs_error_set(err, KVS_EINVAL, "%s: nothing follows the colon; name parameters as keep=0.9",
+                             p->ops->name);
     while (*args != '\0') {
         word name, value;
         args = next_word(args, "=,", &name);
         if (*args != '=')
-            return kvs_error_set(err, KVS_EINVAL, "%s: '%s' must be name=value", p->ops->name, name.text);
+            return kvs_error_set(err, KVS_EINVAL, "%s: '%.60s' must be name=value", p->ops->name, name.text);
         args = next_word(args + 1, ",", &value);
         KVS_TRY(parse_param(name.text, value.text, p, err));
         if (*args == ',' && *++args == '\0')
@@ -172,11 +185,11 @@ static kvs_status parse_schedule(const char *text, kvs_policy *p, kvs_error *err
     p->schedule_value = 0;
     const bool takes_size = kind == KVS_SCHEDULE_BYTES || kind == KVS_SCHEDULE_TOKENS || kind == KVS_SCHEDULE_ONCE ||
                             kind == KVS_SCHEDULE_EVERY;
-    if (*args == ':')
-        args++;
-    if (takes_size != (*args != '\0'))
+    const bool has_argument = *args == ':';
+    args += has_argument;
+    if (takes_size ? *args == '\0' : has_argument)
         return kvs_error_set(err, KVS_EINVAL, takes_size ? "schedule '%s' needs a size, as bytes:600MiB, tokens:4800, "
-                             "once:at=3000tok, every:128" : "schedule '%s' takes no argument", text);
+                             "once:at=3000tok, every:128" : "schedule '%s' takes no argument", name.text);
     if (!takes_size)
         return KVS_OK;
     if (kind == KVS_SCHEDULE_ONCE && strncmp(args, "at=", 3) == 0)
@@ -184,7 +197,7 @@ static kvs_status parse_schedule(const char *text, kvs_policy *p, kvs_error *err
     uint64_t bytes, tokens;
     KVS_TRY(kvs_size_parse(args, &bytes, &tokens, err));
     if ((kind == KVS_SCHEDULE_BYTES) != (bytes != 0))
-        return kvs_error_set(err, KVS_EINVAL, "schedule '%s': %s wants %s", text, schedule_names[kind],
+        return kvs_error_set(err, KVS_EINVAL, "schedule '%.60s': %s wants %s", text, schedule_names[kind],
                              kind == KVS_SCHEDULE_BYTES ? "bytes, as 600MiB" : "tokens, as 4800tok");
     p->schedule_value = bytes != 0 ? bytes : tokens;
     return KVS_OK;
@@ -194,6 +207,9 @@ static kvs_status parse_protect(const char *text, kvs_policy *p, kvs_error *err)
 {
     static const char *const known[] = {"none", "sinks", "recent", "system", "template", "pinned"};
     kvs_protect out = {0};
+    const char *const whole = text;
+    if (*text == '\0')
+        return kvs_error_set(err, KVS_EINVAL, "protect: name what stays, as sinks:4,system, or none");
     while (*text != '\0') {
         word name, value = {""};
         text = next_word(text, ":,", &name);
@@ -215,10 +231,12 @@ static kvs_status parse_protect(const char *text, kvs_policy *p, kvs_error *err)
             out.template_markers = true;
         else if (strcmp(name.text, "pinned") == 0)
             out.pinned = true;
+        else if (strcmp(name.text, "none") == 0 && strcmp(whole, "none") != 0)
+            return kvs_error_set(err, KVS_EINVAL, "protect: none stands alone, not in '%.60s'", whole);
         else if (strcmp(name.text, "none") != 0)
             return unknown(err, "protection", name.text, known, sizeof known / sizeof *known);
-        if (*text == ',')
-            text++;
+        if (*text == ',' && *++text == '\0')
+            return kvs_error_set(err, KVS_EINVAL, "protect: nothing follows the last comma");
     }
     p->protect = out;
     return KVS_OK;
@@ -239,18 +257,31 @@ static kvs_status parse_stage(const char *stage, const char *choice, kvs_policy 
 
 /* ---- the whole spec ---- */
 
+/* The shortest of 15 or 17 digits that reads back as x. */
+static const char *number(double x, char buf[32])
+{
+    snprintf(buf, 32, "%.15g", x);
+    if (strtod(buf, NULL) != x)
+        snprintf(buf, 32, "%.17g", x);
+    for (char *at = buf; *at != '\0'; at++) /* 1e+09: a plus would begin a stage */
+        if (*at == '+')
+            memmove(at, at + 1, strlen(at));
+    return buf;
+}
+
 static void write_text(kvs_policy *p)
 {
+    char digits[32];
     char *at = p->text, *const end = p->text + sizeof p->text;
 #define WRITE(...) at += (at < end ? snprintf(at, (size_t)(end - at), __VA_ARGS__) : 0)
     WRITE("%s", p->ops->name);
     char separator = ':';
     for (uint32_t i = 0; i < p->ops->n_params; i++, separator = ',')
-        WRITE("%c%s=%.15g", separator, p->ops->params[i].name, p->params[i]);
+        WRITE("%c%s=%s", separator, p->ops->params[i].name, number(p->params[i], digits));
     if (p->keep_tokens != 0)
         WRITE("%ckeep=%utok", separator, p->keep_tokens);
     else if (p->keep_ratio != 0)
-        WRITE("%ckeep=%.15g", separator, p->keep_ratio);
+        WRITE("%ckeep=%s", separator, number(p->keep_ratio, digits));
     WRITE(" +schedule=%s", schedule_names[p->schedule]);
     if (p->schedule_value != 0)
         WRITE(":%s%llu%s", p->schedule == KVS_SCHEDULE_ONCE ? "at=" : "", (unsigned long long)p->schedule_value,
@@ -280,15 +311,40 @@ static kvs_status find_preset(const char *name, const kvs_policy_ops **out, kvs_
     return unknown(err, "policy", name, known, n);
 }
 
+static kvs_status parse_stages(const char *spec, kvs_policy *p, kvs_error *err)
+{
+    for (;;) {
+        word name, value;
+        while (isspace((unsigned char)*spec))
+            spec++;
+        if (*spec == '\0')
+            return KVS_OK;
+        if (*spec != '+') {
+            next_word(spec, "+" SPACE, &name);
+            return kvs_error_set(err, KVS_EINVAL, "'%.60s' in the policy spec must begin with +, as +position=keep",
+                                 name.text);
+        }
+        spec = next_word(spec + 1, "=+" SPACE, &name);
+        if (*spec != '=')
+            return kvs_error_set(err, KVS_EINVAL, "stage '+%.60s' needs a choice, as +position=keep", name.text);
+        spec = next_word(spec + 1, "+" SPACE, &value);
+        KVS_TRY(parse_stage(name.text, value.text, p, err));
+    }
+}
+
 kvs_status kvs_policy_parse(const char *spec, const char *position, bool paper_compat, kvs_policy *out, kvs_error *err)
 {
     kvs_policy p = {.protect = {.sinks = 4, .system = true, .template_markers = true, .pinned = true}};
-    if (strlen(spec) > 400)
-        return kvs_error_set(err, KVS_EINVAL, "policy spec of %zu characters is over the longest, 400", strlen(spec));
+    if (strlen(spec) > SPEC_BYTES_MAX)
+        return kvs_error_set(err, KVS_EINVAL, "policy spec of %zu characters is over the longest, %d", strlen(spec),
+                             SPEC_BYTES_MAX);
+    for (size_t i = 0; spec[i] != '\0'; i++)
+        if (iscntrl((unsigned char)spec[i]) && !isspace((unsigned char)spec[i]))
+            return kvs_error_set(err, KVS_EINVAL, "policy spec holds control character %d at byte %zu", spec[i], i);
     while (isspace((unsigned char)*spec))
         spec++;
     word name, value;
-    spec = next_word(spec, ": \t\n+", &name);
+    spec = next_word(spec, ":+" SPACE, &name);
     KVS_TRY(find_preset(name.text, &p.ops, err));
     for (uint32_t i = 0; i < p.ops->n_params; i++)
         p.params[i] = p.ops->params[i].value;
@@ -300,37 +356,18 @@ kvs_status kvs_policy_parse(const char *spec, const char *position, bool paper_c
         p.protect = (kvs_protect){0};
         p.position = KVS_POSITION_ROLLBACK;
     }
-    char args[256];
     if (*spec == ':') {
-        const size_t n = strcspn(spec + 1, " \t\n+");
-        if (n >= sizeof args)
-            return kvs_error_set(err, KVS_EINVAL, "%s: parameters of %zu characters are over the longest, 255",
-                                 p.ops->name, n);
-        memcpy(args, spec + 1, n);
-        args[n] = '\0';
-        KVS_TRY(parse_params(args, &p, err));
-        spec += 1 + n;
+        spec = next_word(spec + 1, "+" SPACE, &value);
+        KVS_TRY(parse_params(value.text, &p, err));
     }
-    for (;;) {
-        while (isspace((unsigned char)*spec))
-            spec++;
-        if (*spec == '\0')
-            break;
-        if (*spec != '+')
-            return kvs_error_set(err, KVS_EINVAL, "'%.32s' in the policy spec must begin with +, as +position=keep",
-                                 spec);
-        spec = next_word(spec + 1, "= \t\n", &name);
-        if (*spec != '=')
-            return kvs_error_set(err, KVS_EINVAL, "stage '+%s' needs a choice, as +position=keep", name.text);
-        spec = next_word(spec + 1, " \t\n+", &value);
-        KVS_TRY(parse_stage(name.text, value.text, &p, err));
-    }
+    KVS_TRY(parse_stages(spec, &p, err));
     if (position != NULL)
         KVS_TRY(kvs_position_parse(position, &p.position, &p.gap_cap, err));
     if (p.position == KVS_POSITION_RECOMPUTE && kvs_policy_scope_of(&p) != KVS_SCOPE_SHARED)
         return kvs_error_set(err, KVS_EINVAL,
                              "position recompute needs one keep set for all heads, %s keeps another set in each %s",
                              p.ops->name, kvs_policy_scope_of(&p) == KVS_SCOPE_LAYER ? "layer" : "head");
+    p.params[p.ops->n_params] = p.keep_ratio;
     write_text(&p);
     *out = p;
     return KVS_OK;

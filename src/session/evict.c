@@ -180,8 +180,12 @@ static kvs_status select_all(kvs_session *s, uint32_t keep_override, selection *
 {
     const uint32_t n_kv_heads = s->model->info.n_kv_heads, n_heads = s->model->info.n_layers * n_kv_heads;
     const kvs_policy_scope scope = kvs_policy_scope_of(&s->policy);
-    /* Heads that no longer hold the same tokens (an earlier policy chose so) cannot share a set. */
-    const uint32_t step = !s->uniform || scope == KVS_SCOPE_HEAD ? 1 : scope == KVS_SCOPE_LAYER ? n_kv_heads : n_heads;
+    /* Heads that no longer hold the same tokens (an earlier eviction chose so) cannot share a set. */
+    uint32_t step = scope == KVS_SCOPE_HEAD ? 1 : scope == KVS_SCOPE_LAYER ? n_kv_heads : n_heads;
+    if (step == n_heads && !s->uniform)
+        step = n_kv_heads;
+    if (step == n_kv_heads && !s->layer_uniform)
+        step = 1;
     for (uint32_t h = 0; h < n_heads; h += step)
         KVS_TRY(select_heads(s, h, h + step, keep_override, sel, err));
     return KVS_OK;
@@ -209,6 +213,8 @@ static void apply(kvs_session *s)
     }
     if (kvs_policy_scope_of(&s->policy) != KVS_SCOPE_SHARED)
         s->uniform = false;
+    if (kvs_policy_scope_of(&s->policy) == KVS_SCOPE_HEAD)
+        s->layer_uniform = false;
 }
 
 /* Mode recompute: the kept tokens run through the model afresh, at positions 0..n-1, as if nothing else had been

@@ -16,7 +16,7 @@ static void pack(const kvs_session *s, uint64_t words[FIXED_WORDS], size_t cache
     const uint64_t all[FIXED_WORDS] = {
         SAVED_MAGIC,        i->weight_bytes,          i->vocab_size,     s->options.arith,
         s->options.seed,    s->n_tokens,              s->n_tokens_evicted_at, s->schedule_mark,
-        s->uniform,         s->forward_open,          s->last_was_prompt, mass_lost,
+        (uint64_t)s->uniform | (uint64_t)s->layer_uniform << 1, s->forward_open,          s->last_was_prompt, mass_lost,
         s->n_evictions,     s->n_slots_evicted,       s->evict_ns,       s->score_ns,
         s->select_ns,       s->move_ns,               s->footprint_skip, cache_bytes,
     };
@@ -60,8 +60,8 @@ static kvs_status check_words(const kvs_session *s, const uint64_t *words, size_
         return kvs_error_set(err, KVS_EFORMAT, "saved session ran in --arith %s, this one runs in %s",
                              words[3] == KVS_ARITH_F32 ? "f32" : "native",
                              s->options.arith == KVS_ARITH_F32 ? "f32" : "native");
-    if (words[5] > INT32_MAX / 2 ||
-        size_bytes != FIXED_WORDS * 8 + sizeof s->policy.text + words[5] + words[FIXED_WORDS - 1])
+    const uint64_t rest = size_bytes - FIXED_WORDS * 8 - sizeof s->policy.text; /* log and cache: kvs_session_load */
+    if (words[5] > INT32_MAX / 2 || words[5] > rest || words[FIXED_WORDS - 1] != rest - words[5])
         return kvs_error_set(err, KVS_EFORMAT, "saved session is truncated: %zu bytes", size_bytes);
     return KVS_OK;
 }
@@ -100,7 +100,8 @@ kvs_status kvs_session_load(kvs_session *s, const void *buf, size_t size_bytes, 
     s->n_tokens = words[5];
     s->n_tokens_evicted_at = words[6];
     s->schedule_mark = words[7];
-    s->uniform = words[8] != 0;
+    s->uniform = (words[8] & 1) != 0;
+    s->layer_uniform = (words[8] & 2) != 0;
     s->forward_open = words[9] != 0;
     s->last_was_prompt = words[10] != 0;
     memcpy(&s->mass_lost, &words[11], sizeof s->mass_lost);

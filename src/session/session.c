@@ -76,7 +76,7 @@ static kvs_status session_new(kvs_model *m, const kvs_session_options *opt, kvs_
     s->allocator = a;
     s->options = *opt;
     s->options.policy = s->options.position = NULL;
-    s->uniform = true;
+    s->uniform = s->layer_uniform = true;
     s->mass_lost = -1;
     if (opt->budget_bytes == 0 && opt->budget_tokens == 0)
         s->options.budget_tokens = m->info.window_tokens;
@@ -142,10 +142,14 @@ static kvs_status fork_state(const kvs_session *from, kvs_session *s, kvs_error 
     s->n_tokens = from->n_tokens;
     s->n_tokens_evicted_at = from->n_tokens_evicted_at;
     s->uniform = from->uniform;
+    s->layer_uniform = from->layer_uniform;
     s->forward_open = from->forward_open;
     s->last_was_prompt = from->last_was_prompt;
     s->mass_lost = from->mass_lost;
     s->footprint_skip = from->footprint_skip;
+    s->n_evictions = from->n_evictions; /* a random policy draws by it */
+    s->n_slots_evicted = from->n_slots_evicted;
+    s->saw_nan = from->saw_nan;
     s->schedule_mark = s->policy.schedule == KVS_SCHEDULE_EVERY ? from->n_tokens : 0;
     if (strcmp(s->policy.text, from->policy.text) == 0)
         s->schedule_mark = from->schedule_mark;
@@ -253,6 +257,10 @@ kvs_status kvs_session_truncate(kvs_session *s, uint64_t n_tokens, kvs_error *er
         return kvs_error_set(err, KVS_EINVAL, "cannot truncate to %llu tokens: an eviction at %llu cannot be undone",
                              (unsigned long long)n_tokens, (unsigned long long)s->n_tokens_evicted_at);
     kvs_cache_truncate(s->cache, (int32_t)n_tokens);
+    /* What the dropped rows met: nothing was evicted since, so the i-th of them met what is left, i more and itself. */
+    const uint64_t n_heads = (uint64_t)s->model->info.n_layers * s->model->info.n_kv_heads;
+    const uint64_t dropped = s->n_tokens - n_tokens;
+    s->footprint_skip += dropped * kvs_cache_live_total(s->cache) + n_heads * dropped * (dropped + 1) / 2;
     s->n_tokens = n_tokens;
     s->forward_open = false;
     s->last_was_prompt = n_tokens > 0 && !(s->flag_log[n_tokens - 1] & KVS_TOKEN_ASSISTANT);

@@ -33,6 +33,7 @@ struct kvs_session {
     uint64_t schedule_mark;     /* every: n_tokens of the last event; once: 1 after it */
     uint32_t chunk_tokens;
     bool uniform;               /* every head holds the same tokens */
+    bool layer_uniform;         /* every head of a layer does */
     bool forward_open;          /* the mass of the latest forward goes on accumulating */
     bool last_was_prompt;       /* the newest row was not the assistant's: a decode step now ends the prefill */
     double mass_lost;           /* EMA over events; -1: never recorded */

@@ -108,6 +108,15 @@ static kvs_status refuse(const kvs_session *s, uint32_t n_more, kvs_error *err)
                          s->policy.ops->never_evicts ? "it never evicts" : "its keep leaves no room for the next");
 }
 
+/* A chunk holds a prompt's rows or an answer's, so that schedules see the border wherever a call begins. */
+static uint32_t rows_of_one_kind(const kvs_run *run, uint32_t at, uint32_t n)
+{
+    uint32_t same = 1;
+    while (same < n && is_answer(run, at + same) == is_answer(run, at))
+        same++;
+    return same;
+}
+
 /* paper_compat: the published script checks before the turn and before each decoded token, never during prefill, and
  * evicts once a check however much is left. */
 static kvs_status plan_compat(kvs_session *s, kvs_forward *f, const kvs_run *run, uint32_t at, uint32_t *n_rows,
@@ -119,16 +128,18 @@ static kvs_status plan_compat(kvs_session *s, kvs_forward *f, const kvs_run *run
     if (answer) {
         const plan p = consult_schedule(s, true);
         bool progress;
-        if (p.act && !s->policy.ops->never_evicts)
+        if (p.act && !s->policy.ops->never_evicts) {
             KVS_TRY(kvs_evict(s, f, 0, "decode", p.reason, &progress, err));
+            mark_schedule(s);
+        }
         *n_rows = 1;
         if (!p.act)
             *n_rows = kvs_min_u32(kvs_min_u32(left, s->chunk_tokens), p.rows_max);
     }
-    const uint32_t room = kvs_cache_room(s->cache, 0);
+    const uint32_t room = kvs_cache_room(s->cache, s->scratch.n_slots);
     if (room == 0)
         return refuse(s, left, err);
-    *n_rows = kvs_min_u32(*n_rows, room);
+    *n_rows = rows_of_one_kind(run, at, kvs_min_u32(*n_rows, room));
     return KVS_OK;
 }
 
@@ -149,7 +160,7 @@ static kvs_status plan_rows(kvs_session *s, kvs_forward *f, const kvs_run *run, 
         mark_schedule(s);
         p = consult_schedule(s, answer);
     }
-    uint32_t room = kvs_cache_room(s->cache, 0);
+    uint32_t room = kvs_cache_room(s->cache, s->scratch.n_slots);
     if (hold && room < left && is_answer(run, run->n_tokens - 1) == answer)
         return kvs_error_set(err, KVS_EBUDGET,
                              "prefill full needs room for the whole prompt: %u more tokens, room for %u; raise the "
@@ -162,16 +173,12 @@ static kvs_status plan_rows(kvs_session *s, kvs_forward *f, const kvs_run *run, 
             KVS_TRY(kvs_evict(s, f, kvs_keep_default(s), path, "budget", &progress, err));
         if (!progress)
             return refuse(s, left, err);
-        room = kvs_cache_room(s->cache, 0);
+        room = kvs_cache_room(s->cache, s->scratch.n_slots);
     }
     uint32_t n = kvs_min_u32(kvs_min_u32(left, room), s->chunk_tokens);
     /* A trigger that eviction cannot satisfy (keep above it) still lets one row through: it is asked again after. */
     n = kvs_min_u32(n, hold ? n : kvs_max_u32(p.rows_max, 1));
-    /* A chunk holds a prompt's rows or an answer's, so that schedules see the border. */
-    for (uint32_t i = 1; i < n; i++)
-        if (is_answer(run, at + i) != answer)
-            n = i;
-    *n_rows = n;
+    *n_rows = rows_of_one_kind(run, at, n);
     return KVS_OK;
 }
 
@@ -351,6 +358,24 @@ static kvs_status add_run(kvs_forward *f, step_rows *rows, kvs_run *run, uint32_
     return KVS_OK;
 }
 
+/* The step ends here for every run that still had rows to come or to deliver. */
+static kvs_status fail_open(kvs_run *runs, uint32_t n_runs, const uint32_t *at, kvs_status status)
+{
+    for (uint32_t i = 0; i < n_runs; i++)
+        if (runs[i].status == KVS_OK && at[i] < runs[i].n_tokens)
+            runs[i].status = status;
+    return status;
+}
+
+/* Rows whose forward never ran were not said: their slots hold no keys. */
+static void take_back(const step_rows *rows)
+{
+    for (uint32_t i = 0; i < rows->n_runs; i++) {
+        kvs_session *s = rows->runs[i].session;
+        (void)kvs_session_truncate(s, s->n_tokens - rows->runs[i].n_rows, NULL); /* no eviction came after them */
+    }
+}
+
 static kvs_status step_locked(kvs_forward *f, kvs_run *runs, uint32_t n_runs, uint32_t *at, kvs_error *err)
 {
     static _Thread_local step_rows rows;
@@ -367,9 +392,15 @@ static kvs_status step_locked(kvs_forward *f, kvs_run *runs, uint32_t n_runs, ui
         }
         if (rows.n_runs == 0)
             return first;
-        KVS_TRY(run_forward(f, &rows, arith, err));
-        if (!deliver(f, &rows, runs, at, arith))
-            return kvs_error_set(err, KVS_ECANCELLED, "the caller's callback asked to stop");
+        const kvs_status ran = run_forward(f, &rows, arith, err);
+        if (ran != KVS_OK) {
+            take_back(&rows);
+            return fail_open(runs, n_runs, at, ran);
+        }
+        if (!deliver(f, &rows, runs, at, arith)) {
+            kvs_error_set(err, KVS_ECANCELLED, "the caller's callback asked to stop");
+            return fail_open(runs, n_runs, at, KVS_ECANCELLED);
+        }
         for (uint32_t i = 0; i < rows.n_runs; i++)
             at[rows.run_index[i]] += rows.runs[i].n_rows;
     }
