@@ -179,17 +179,19 @@ static double bins_mean(const json_t *bins, double begin, double end)
     return n > 0 ? sum / n : NAN;
 }
 
-static const json_t *bins_of(const judge *j, uint32_t d, const char *name)
+/* The curve of a run, or of the whole dialogue ("bins", "window_bins") when run is NULL. */
+static const json_t *curve_of(const judge *j, uint32_t d, const char *run, const char *name)
 {
-    return json_object_get(json_object_get(json_array_get(j->in->parts, d), "claims"), name);
+    const json_t *claims = json_object_get(json_array_get(j->in->parts, d), "claims");
+    return json_object_get(run != NULL ? json_object_get(claims, run) : claims, name);
 }
 
-static range window_ratio(const judge *j, const char *curve, double *log_ratio, uint32_t *n_out)
+static range window_ratio(const judge *j, const char *run, const char *curve, double *log_ratio, uint32_t *n_out)
 {
     const double window = j->in->window_tokens;
     uint32_t n = 0;
     for (uint32_t d = 0; d < j->n; d++) {
-        const json_t *bins = bins_of(j, d, curve);
+        const json_t *bins = curve_of(j, d, run, curve);
         const double past = bins_mean(bins, window + 512, window + 2048);
         const double before = bins_mean(bins, window - 2048, window - 512);
         if (isfinite(past) && isfinite(before))
@@ -204,14 +206,22 @@ static void claim_c1(judge *j)
 {
     double *x = calloc(j->n + 1, sizeof *x);
     uint32_t n;
-    const range full = window_ratio(j, "bins", x, &n);
-    const range win = window_ratio(j, "window_bins", x, &n);
+    const range full = window_ratio(j, NULL, "bins", x, &n);
+    const range win = window_ratio(j, NULL, "window_bins", x, &n);
+    json_t *details =
+        json_pack("[o]", detail("fresh prefill of the last 4,096 tokens, same bins (must stay under 1.5)", win));
+    static const char *const bounded[] = {"streaming", "llama_context_shift"};
+    for (int i = 0; i < 2; i++) {
+        const char *run = find_run(j, bounded[i], -1, "rerotate");
+        if (run != NULL)
+            json_array_append_new(details, detail(run, window_ratio(j, run, "bins", x, &n)));
+    }
     const char *leaning = leaning_above(full, 10);
     if (leaning != NULL && strcmp(leaning, "supported") == 0 && !(win.hi < 1.5))
         leaning = "inconclusive";
     add_claim(j, "C1", "past its window the full cache collapses with memory to spare", verdict_of(leaning, full.n),
               leaning, full, 10, "perplexity ratio past / before the window",
-              json_pack("[o]", detail("fresh prefill of the last 4,096 tokens, same bins (must stay under 1.5)", win)),
+              details,
               "how much worse the model predicts after its trained window ends, though nothing was evicted");
     const char *weak = leaning_above(full, 1.5);
     add_claim(j, "C1b", "past its window the full cache gets worse by half", verdict_of(weak, full.n), weak, full, 1.5,
@@ -227,7 +237,7 @@ static void claim_c2(judge *j)
     double *x = calloc(j->n + 1, sizeof *x);
     uint32_t n = 0;
     for (uint32_t d = 0; d < j->n; d++) {
-        const json_t *full = bins_of(j, d, "bins"), *win = bins_of(j, d, "window_bins");
+        const json_t *full = curve_of(j, d, NULL, "bins"), *win = curve_of(j, d, NULL, "window_bins");
         const double late = bins_mean(full, 0.9 * window, window) - bins_mean(win, 0.9 * window, window);
         const double early =
             bins_mean(full, 0.5 * window, 0.75 * window) - bins_mean(win, 0.5 * window, 0.75 * window);

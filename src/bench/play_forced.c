@@ -34,6 +34,9 @@ typedef struct player {
     uint32_t turn_evictions;
     double health_sum, live_sum;
     uint32_t n_turns_recorded;
+    double *bin_nll;          /* [n_bins], past the window too */
+    uint32_t *bin_n;
+    bool retired;             /* of a long dialogue it plays the part up to the suite's ordinary length only */
     kvs_status failed;
     char failure[400];
 } player;
@@ -42,9 +45,8 @@ typedef struct play_state {
     const kvs_play *p;
     const kvs_script *script;
     kvs_session *trunk[2];    /* the full cache: [0] plain (the reference), [1] recording attention */
-    kvs_session *noise;       /* the full cache, nudged by one rounding step */
     player *players;          /* [n_runs]; 0 is the reference */
-    player noise_player;
+    player noise_player;      /* the full cache, nudged by one rounding step */
     uint32_t turn, late_from; /* late_from: token_idx of the first possible eviction */
     uint32_t block_begin, n_wanted;
     uint8_t want[BLOCK_TOKENS];
@@ -99,6 +101,9 @@ static bool on_policy(void *ctx, uint32_t row, const float *logits)
     const uint32_t x = (uint32_t)s->script->tokens[idx + 1];
     if (pl->last_eviction != UINT64_MAX && pl->first_logits == 0)
         pl->first_logits = XXH64(logits, info->vocab_size * sizeof *logits, 0) | 1;
+    const double nll = s->p->model->kernels->logsumexp(logits, info->vocab_size, NULL) - (double)logits[x];
+    pl->bin_nll[(idx + 1) / BIN_TOKENS] += nll;
+    pl->bin_n[(idx + 1) / BIN_TOKENS]++;
     if (idx + 1 >= info->window_tokens)
         return true; /* the full cache is no reference past its window */
     const float *ref = s->rows + (size_t)s->row_of[row] * info->vocab_size;
@@ -273,10 +278,9 @@ static kvs_status fork_due(play_state *s, uint32_t end, kvs_error *err)
         kvs_session_on_event(pl->session, on_event, pl);
         kvs_session_get_usage(pl->session, &pl->turn_usage);
     }
-    if (end > s->late_from && s->noise == NULL) {
-        KVS_TRY(kvs_session_fork(s->trunk[0], NULL, &s->noise, err));
-        kvs_session_perturb(s->noise, s->p->opt->seed + 1);
-        s->noise_player.session = s->noise;
+    if (end > s->late_from && s->noise_player.session == NULL) {
+        KVS_TRY(kvs_session_fork(s->trunk[0], NULL, &s->noise_player.session, err));
+        kvs_session_perturb(s->noise_player.session, s->p->opt->seed + 1);
     }
     if (!trunk_needed)
         kvs_session_free(&s->trunk[1]);
@@ -312,7 +316,7 @@ static kvs_status run_block(play_state *s, uint32_t begin, uint32_t end, kvs_err
     }
     for (uint32_t i = 1; i <= s->p->n_runs; i++) {
         player *pl = i < s->p->n_runs ? &s->players[i] : &s->noise_player;
-        if (pl->session == NULL || pl->failed != KVS_OK)
+        if (pl->session == NULL || pl->failed != KVS_OK || pl->retired)
             continue;
         owner[n] = pl;
         runs[n] = common;
@@ -354,7 +358,7 @@ static kvs_status end_turn(play_state *s, kvs_error *err)
     for (uint32_t i = 0; i < s->p->n_runs; i++) {
         player *pl = &s->players[i];
         const kvs_session *session = i == 0 ? s->trunk[0] : pl->session;
-        if (session == NULL)
+        if (session == NULL || pl->retired)
             continue;
         if (i > 0 && pl->failed == KVS_OK)
             KVS_TRY(kvs_session_turn_end(pl->session, err));
@@ -363,9 +367,21 @@ static kvs_status end_turn(play_state *s, kvs_error *err)
     return KVS_OK;
 }
 
+/* A long dialogue shows what happens past the window. Beyond the suite's ordinary length only runs whose positions stay
+ * bounded go on: the others' question is answered by then, and they would triple the time. */
+static void retire_players(play_state *s, uint32_t begin)
+{
+    if (!s->p->window || begin < s->p->suite->target_tokens)
+        return;
+    for (uint32_t i = 1; i < s->p->n_runs; i++)
+        s->players[i].retired = strcmp(s->players[i].spec->position, "rerotate") != 0;
+    s->noise_player.retired = true;
+}
+
 static kvs_status play_turn(play_state *s, kvs_error *err)
 {
     const kvs_script_turn *t = &s->script->turns[s->turn];
+    retire_players(s, t->begin);
     KVS_TRY(begin_turn(s, err));
     for (uint32_t at = t->begin; at < t->end;) {
         if (kvs_play_cancelled(s->p))
@@ -461,6 +477,14 @@ static json_t *summary_row(const play_state *s, const player *pl, const kvs_sess
     return row;
 }
 
+static json_t *bins_json(const double *nll, const uint32_t *n, uint32_t n_bins)
+{
+    json_t *list = json_array();
+    for (uint32_t i = 0; i < n_bins; i++)
+        json_array_append_new(list, json_pack("[i,o]", (int)n[i], kvs_json_real(n[i] > 0 ? nll[i] / n[i] : NAN)));
+    return list;
+}
+
 /* What claims are computed from: one number a (run, dialogue), and the curves over positions. */
 static void claim_row(json_t *claims, const player *pl, const kvs_score_summary *sum, const kvs_score_summary *after)
 {
@@ -470,14 +494,6 @@ static void claim_row(json_t *claims, const player *pl, const kvs_score_summary 
                                   kvs_json_real(sum->nll), "nll_ref", kvs_json_real(sum->nll_ref), "top1",
                                   kvs_json_real(sum->top1), "first_logits",
                                   (json_int_t)(pl->first_logits >> 1)));
-}
-
-static json_t *bins_json(const double *nll, const uint32_t *n, uint32_t n_bins)
-{
-    json_t *list = json_array();
-    for (uint32_t i = 0; i < n_bins; i++)
-        json_array_append_new(list, json_pack("[i,o]", (int)n[i], kvs_json_real(n[i] > 0 ? nll[i] / n[i] : NAN)));
-    return list;
 }
 
 static void keep_set_rows(const play_state *s, const player *pl, const kvs_session *session, json_t *out)
@@ -521,6 +537,9 @@ static kvs_status collect(play_state *s, json_t *part, kvs_error *err)
         KVS_TRY(kvs_scores_finish(&pl->scores, SCORED_LATE, KVS_SCORE_ALL_TURNS, &sum, err));
         KVS_TRY(kvs_scores_finish(&pl->scores, KVS_SCORE_AFTER_EVICTION, KVS_SCORE_ALL_TURNS, &after, err));
         claim_row(claims, pl, &sum, &after);
+        if (s->p->window && i > 0 && !pl->retired)
+            json_object_set_new(json_object_get(claims, pl->spec->id), "bins",
+                                bins_json(pl->bin_nll, pl->bin_n, s->n_bins));
         if (i == s->p->n_runs)
             continue;
         json_array_append_new(summary, summary_row(s, pl, session, &sum));
@@ -551,6 +570,21 @@ static kvs_status play_all(play_state *s, json_t *part, kvs_error *err)
     return KVS_OK;
 }
 
+static void init_player(player *pl, uint32_t n_bins)
+{
+    kvs_scores_init(&pl->scores, true, NULL);
+    pl->bin_nll = calloc(n_bins, sizeof *pl->bin_nll);
+    pl->bin_n = calloc(n_bins, sizeof *pl->bin_n);
+}
+
+static void free_player(player *pl)
+{
+    kvs_session_free(&pl->session);
+    kvs_scores_free(&pl->scores);
+    free(pl->bin_nll);
+    free(pl->bin_n);
+}
+
 kvs_status kvs_play_forced(const kvs_play *p, const kvs_script *script, json_t **part, kvs_error *err)
 {
     static const kvs_bench_run_spec noise_spec = {.id = "noise"};
@@ -564,22 +598,20 @@ kvs_status kvs_play_forced(const kvs_play *p, const kvs_script *script, json_t *
     s.late_from = script->n_tokens;
     for (uint32_t i = 0; i < p->n_runs; i++) {
         s.players[i] = (player){.spec = &p->runs[i], .state = &s, .last_eviction = UINT64_MAX};
-        kvs_scores_init(&s.players[i].scores, true, NULL);
+        init_player(&s.players[i], s.n_bins);
         if (!p->runs[i].is_reference)
             s.late_from = kvs_min_u32(s.late_from, p->runs[i].first_tokens);
     }
     s.noise_player = (player){.spec = &noise_spec, .state = &s, .last_eviction = UINT64_MAX};
-    kvs_scores_init(&s.noise_player.scores, true, NULL);
+    init_player(&s.noise_player, s.n_bins);
     json_t *out = json_object();
     json_object_set_new(out, "dialogue", json_pack("{s:s,s:i,s:i}", "id", script->id, "n_turns", (int)script->n_turns,
                                                    "n_tokens", (int)script->n_tokens));
     const kvs_status status = play_all(&s, out, err);
     for (uint32_t i = 0; i < p->n_runs; i++) {
-        kvs_session_free(&s.players[i].session);
-        kvs_scores_free(&s.players[i].scores);
+        free_player(&s.players[i]);
     }
-    kvs_session_free(&s.noise);
-    kvs_scores_free(&s.noise_player.scores);
+    free_player(&s.noise_player);
     kvs_session_free(&s.trunk[0]);
     kvs_session_free(&s.trunk[1]);
     json_decref(s.turns);

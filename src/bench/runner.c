@@ -152,6 +152,8 @@ static double dialogue_cost(const bench *b, uint32_t i)
 {
     const double n = b->scripts[i].n_tokens, shared = fmin(n, b->scaled.trigger_tokens);
     double cost = 2 * shared + (n - shared) * (b->n_runs + 2) * 1.3;
+    if (i < b->scaled.n_long) /* two of three runs retire early */
+        cost = 2 * shared + (n - shared) * (b->n_runs / 3.0 + 2) * 1.5;
     if (i < b->scaled.free_dialogues)
         cost += 0.7 * shared + (double)b->n_runs * b->scaled.free_turns * (b->scaled.free_tokens * 6.0 + 100);
     if (i < b->scaled.n_long)

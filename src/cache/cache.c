@@ -513,6 +513,9 @@ void kvs_cache_set_rope(kvs_cache *c, uint32_t layer, uint32_t head, const int32
         }
         c->pages[e].rotated = rotated;
     }
+    /* What the next token follows is the newest slot held, where it stands now: re-rotation moves both, and only a mode
+     * that moves the counter alone steps backward. */
+    h->last_rope = i > 0 ? rope_pos[i - 1] : -1;
     h->next_rope = next_rope;
 }
 

@@ -187,13 +187,13 @@ static kvs_status parse_schedule(const char *text, kvs_policy *p, kvs_error *err
                             kind == KVS_SCHEDULE_EVERY;
     const bool has_argument = *args == ':';
     args += has_argument;
+    if (kind == KVS_SCHEDULE_ONCE && strncmp(args, "at=", 3) == 0)
+        args += 3;
     if (takes_size ? *args == '\0' : has_argument)
         return kvs_error_set(err, KVS_EINVAL, takes_size ? "schedule '%s' needs a size, as bytes:600MiB, tokens:4800, "
                              "once:at=3000tok, every:128" : "schedule '%s' takes no argument", name.text);
     if (!takes_size)
         return KVS_OK;
-    if (kind == KVS_SCHEDULE_ONCE && strncmp(args, "at=", 3) == 0)
-        args += 3;
     uint64_t bytes, tokens;
     KVS_TRY(kvs_size_parse(args, &bytes, &tokens, err));
     if ((kind == KVS_SCHEDULE_BYTES) != (bytes != 0))
@@ -215,6 +215,11 @@ static kvs_status parse_protect(const char *text, kvs_policy *p, kvs_error *err)
         text = next_word(text, ":,", &name);
         if (*text == ':')
             text = next_word(text + 1, ",", &value);
+        size_t which = 0;
+        while (which < sizeof known / sizeof *known && strcmp(known[which], name.text) != 0)
+            which++;
+        if (which == sizeof known / sizeof *known)
+            return unknown(err, "protection", name.text, known, which);
         double x = 0;
         const bool counted = strcmp(name.text, "sinks") == 0 || strcmp(name.text, "recent") == 0;
         if (counted && (!parse_double(value.text, &x) || x < 0 || x > 1e9 || x != floor(x)))
@@ -231,10 +236,8 @@ static kvs_status parse_protect(const char *text, kvs_policy *p, kvs_error *err)
             out.template_markers = true;
         else if (strcmp(name.text, "pinned") == 0)
             out.pinned = true;
-        else if (strcmp(name.text, "none") == 0 && strcmp(whole, "none") != 0)
+        else if (strcmp(whole, "none") != 0)
             return kvs_error_set(err, KVS_EINVAL, "protect: none stands alone, not in '%.60s'", whole);
-        else if (strcmp(name.text, "none") != 0)
-            return unknown(err, "protection", name.text, known, sizeof known / sizeof *known);
         if (*text == ',' && *++text == '\0')
             return kvs_error_set(err, KVS_EINVAL, "protect: nothing follows the last comma");
     }

@@ -503,6 +503,62 @@ static void truncation_goes_below_an_eviction(void **state)
     kvs_session_free(&s);
 }
 
+/* ---- memory that cannot be had ---------------------------------------------------------------------------------- */
+
+static bool starve;
+
+static void *starved_alloc(void *ctx, size_t size_bytes)
+{
+    (void)ctx;
+    const kvs_allocator *a = kvs_allocator_default();
+    return starve ? NULL : a->alloc(a->ctx, size_bytes);
+}
+
+static void starved_free(void *ctx, void *ptr)
+{
+    (void)ctx;
+    kvs_allocator_default()->free(kvs_allocator_default()->ctx, ptr);
+}
+
+/* Rows that no forward ran over must not stay behind as slots without keys. */
+static void step_without_memory_leaves_rows(void **state)
+{
+    (void)state;
+    const kvs_allocator a = {starved_alloc, starved_free, NULL};
+    tiny_options t;
+    fx_shape(&t, GGML_TYPE_Q4_1);
+    char path[TINY_PATH_BYTES];
+    assert_true(tiny_temp(&t, path));
+    kvs_model_options mo;
+    kvs_model_options_default(&mo);
+    mo.allocator = &a;
+    kvs_model *m;
+    kvs_error err = {.message = ""};
+    assert_int_equal(kvs_model_open(path, &mo, &m, &err), KVS_OK);
+    unlink(path);
+    const setting c = {.budget = BUDGET, .chunk = 256};
+    reference(&c);
+    kvs_session_options o;
+    kvs_session_options_default(&o);
+    o.budget_tokens = c.budget;
+    o.allocator = kvs_allocator_default();
+    kvs_session *s = fx_session(m, &o);
+    assert_non_null(s);
+    starve = true; /* the first step needs scratch */
+    kvs_run run = {.session = s, .tokens = tokens, .n_tokens = 100};
+    assert_int_equal(kvs_step(&run, 1, &err), KVS_ENOMEM);
+    assert_int_equal(run.status, KVS_ENOMEM);
+    starve = false;
+    assert_int_equal(kvs_session_n_tokens(s), 0);
+    kvs_usage u;
+    kvs_session_get_usage(s, &u);
+    assert_int_equal(u.n_slots_max, 0);
+    run_rows(s, 0, N, N, got);
+    check_same(&c, "after a step without memory", 0, 0);
+    kvs_session_free(&s);
+    kvs_model_close(&m);
+}
+
 /* ---- hostile saves ---------------------------------------------------------------------------------------------- */
 
 static void damaged_save_is_loaded_or_harms(void **state)
@@ -529,7 +585,25 @@ static void damaged_save_is_loaded_or_harms(void **state)
     memcpy(bad + 19 * 8, &wrapped, 8);
     assert_int_equal(kvs_session_load(t, bad, n, &err), KVS_EFORMAT);
     assert_int_equal(kvs_session_n_tokens(t), 0);
+    /* Bytes that hold slots: refused, or another conversation of sound shape, but never out of bounds. */
+    kvs_rng rng = {8};
+    uint32_t n_refused = 0;
+    for (int i = 0; i < 300; i++) {
+        memcpy(bad, good, n);
+        for (int k = 0; k < 4; k++)
+            bad[kvs_rng_below(&rng, (uint32_t)n)] ^= (uint8_t)(1u << kvs_rng_below(&rng, 8));
+        if (kvs_session_load(t, bad, n, &err) == KVS_OK) {
+            assert_int_equal(kvs_session_extend(t, other, NULL, 2, NULL, &err), KVS_OK);
+        } else {
+            assert_true(err.status == KVS_EFORMAT || err.status == KVS_EBUDGET);
+            n_refused++;
+        }
+    }
+    assert_true(n_refused > 0);
     assert_int_equal(kvs_session_load(t, good, n, &err), KVS_OK);
+    run_rows(t, 100, N, N, got);
+    reference(&c);
+    check_same(&c, "loaded after damaged ones", 0, 100);
     free(good);
     free(bad);
     kvs_session_free(&s);
@@ -554,6 +628,7 @@ int main(void)
         cmocka_unit_test(layer_scope_lasts_one_eviction),
         cmocka_unit_test(truncated_tokens_leave_a_trace),
         cmocka_unit_test(truncation_goes_below_an_eviction),
+        cmocka_unit_test(step_without_memory_leaves_rows),
         cmocka_unit_test(damaged_save_is_loaded_or_harms),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);

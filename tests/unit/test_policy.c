@@ -558,7 +558,7 @@ static void what_is_wrong_is_named_and_the_right_word_suggested(void **state)
         {"random +schedule=tokens:10furlongs", "'10furlongs'", "4800tok"},
         {"random +schedule=every:0", "'0'", "4800tok"},
         {"random +schedule=every:-5", "'-5'", "4800tok"},
-        {"random +schedule=once:at=", "once:at=", ""},
+        {"random +schedule=once:at=", "'once'", "at=3000tok"},
         {"random +protect=", "protect", "none"},
         {"random +protect=sink:4", "'sink'", "'sinks'"},
         {"random +protect=sinks", "sinks", "sinks:4"},
@@ -592,9 +592,9 @@ static void long_words_are_refused_whole(void **state)
 {
     (void)state;
     char spec[600];
-    for (size_t n = 60; n < 500; n += 7) {
+    for (size_t n = 60; n < 300; n += 7) { /* 1e-323 is the least above 0 */
         snprintf(spec, sizeof spec, "random:keep=0.%0*d", (int)n, 5); /* 0.000...5, then one x behind it */
-        assert_int_equal(kvs_policy_check(spec, NULL), strlen(spec) > 400 ? KVS_EINVAL : KVS_OK);
+        assert_int_equal(kvs_policy_check(spec, NULL), KVS_OK);
         strcat(spec, "x");
         assert_int_equal(kvs_policy_check(spec, NULL), KVS_EINVAL);
         snprintf(spec, sizeof spec, "random +position=gapcap:%0*dx", (int)n, 5);
