@@ -45,6 +45,10 @@ setup: ## what every target needs: packages, libllama, the model
 $(BUILD)/kvasir: setup
 	$(call build,$(BUILD),kvasir,)
 
+# Real dialogues where they are at hand; KVASIR_DATA= asks for the embedded ones.
+KVASIR_DATA ?= $(wildcard ../shared/data)
+export KVASIR_DATA
+
 bench: setup ## the main job: build/kvasir bench --suite demo (more with ARGS="...")
 	$(call build,$(BUILD),kvasir,)
 	$(BUILD)/kvasir bench --suite demo $(ARGS)

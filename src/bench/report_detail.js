@@ -209,7 +209,7 @@ function latency() {
     for (const v of x.ticks(narrow ? 4 : 7)) g.append(svg('line', { class: 'grid', x1: x(v), x2: x(v), y1: top, y2: bottom }));
     list.forEach((o, i) => {
       const y = top + i * rowH + (narrow ? 17 : 3), group = svg('g', {});
-      const name = cut(runText(o.r), narrow ? 52 : 40);
+      const said = runText(o.r), most = narrow ? 52 : 41, name = cutName(o.r.name, most - (said.length - o.r.name.length)) + said.slice(o.r.name.length);
       g.append(shape(o.r.shape, narrow ? left + 4 : 8, y + (narrow ? -8 : 7), 4, { fill: o.r.colour }), svg('text', { x: narrow ? left + 13 : 18, y: y + (narrow ? -4 : 11), class: 'strong' }, name));
       let at = left;
       for (const k of use) {
@@ -236,8 +236,8 @@ function latency() {
 /* ---- health, degeneration, evictions, failures ---- */
 
 function gauge(v) {
-  const g = svg('svg', { width: 120, height: 16, 'aria-hidden': 'true' }), x = q => q * 1.2;
-  g.append(svg('rect', { x: 0, y: 4, width: 120, height: 8, rx: 2, fill: 'var(--grid)' }));
+  const g = svg('svg', { width: 90, height: 16, 'aria-hidden': 'true' }), x = q => q * 0.9;
+  g.append(svg('rect', { x: 0, y: 4, width: 90, height: 8, rx: 2, fill: 'var(--grid)' }));
   if (known(v)) g.append(svg('rect', { x: 0, y: 4, width: Math.max(1, x(Math.min(100, Math.max(0, v)))), height: 8, rx: 2, fill: v >= 90 ? 'var(--rerotate)' : v >= 80 ? 'var(--keep)' : v >= 60 ? 'var(--maybe)' : 'var(--no)' }));
   for (const b of [60, 80, 90]) g.append(svg('line', { x1: x(b), x2: x(b), y1: 2, y2: 14, stroke: 'var(--ink)', opacity: 0.5 }));
   return g;
@@ -248,8 +248,8 @@ const protocolOf = r => (D.turn_means[r.i][TF] ? TF : FR);
 function healthTable() {
   const own = (name, unit, column, pick, scale) => ({ name, unit, get: r => turnStat(name, unit, column, protocolOf(r), pick, scale).get(r) });
   const worst = r => Object.entries((D.turn_means[r.i][protocolOf(r)] || { worst: {} }).worst).sort((a, b) => b[1] - a[1])[0];
-  card('health', 'Health and positional fidelity', 'Health predicts, without a reference, how close the next answer is to the full cache\u2019s. The other columns are its inputs: what positions have gone through.',
-    table(RUNS, [policyColumn, modeColumn, budgetColumn, { name: 'health', unit: 'mean of turns; marks at 60, 80, 90', text: true, get: r => { const v = turnMean(r, 'health', protocolOf(r)).v; return { sort: v, node: gauge(v), text: `${fmt(v)} ${healthWord(v)}` }; } },
+  card('health', 'Health and positional fidelity', 'Health predicts, without a reference, how close the next answer is to the full cache\u2019s. Its weights are priors set before any measurement, not fitted: it orders states, its number is not yet a KL. The other columns are its inputs.',
+    table(RUNS, [policyColumn, modeColumn, budgetColumn, { name: 'health', unit: 'mean of turns, uncalibrated; marks at 60, 80, 90', text: true, get: r => { const v = turnMean(r, 'health', protocolOf(r)).v; return { sort: v, node: gauge(v), text: `${fmt(v)} ${healthWord(v)}` }; } },
       own('least', 'of turns', 'health', 'min'), { name: 'worst term', unit: 'most often', text: true, get: r => { const t = worst(r); return { sort: t ? t[0] : null, text: t ? t[0] : '\u2013' }; } },
       own('future', '%', 'future', 'v', 100), own('out of window', '%', 'out_of_window', 'v', 100), own('collision', '%', 'collision', 'v', 100), own('order', '%', 'order', 'v', 100), own('backward', '%', 'backward', 'v', 100),
       own('seam', '%', 'seam', 'v', 100), own('LDD', 'log\u2082', 'ldd'), own('RDDI', '0\u20132', 'rddi'), own('template', '% intact', 'template_integrity', 'v', 100)], { column: 3 }));
@@ -276,8 +276,8 @@ function evictions() {
 }
 
 function failures() {
-  const f = D.failures, expected = M.runs.length * M.dialogues.length * Math.max(1, (M.protocols || []).length);
-  const missing = D.summary === null ? null : expected - D.summary.length;
+  const f = D.failures, wanted = (M.protocols || []).map(p => (p === 'fr' ? FR : TF)), expected = M.runs.length * M.dialogues.length * Math.max(1, wanted.length);
+  const missing = D.summary === null ? null : expected - D.summary.filter(row => !wanted.length || wanted.includes(row[2])).length;
   const rows = f.rows.map(r => ({ run: RUNS[r[0]], dialogue: M.dialogues[r[1]].id, turn: r[2], protocol: r[3] ? 'free-running' : 'teacher-forced', why: r[4] }));
   const said = (f.n ? `${fmt(f.n)} turns failed${f.n > rows.length ? `; the first ${rows.length} are listed` : ''}. ` : 'No turn failed. ') +
     (missing === null ? 'Rows of single dialogues were left out to keep this page small; summary.csv has them.' : missing > 0 ? `${fmt(missing)} of ${fmt(expected)} cells (run, dialogue, protocol) have no summary row.` : `All ${fmt(expected)} cells (run, dialogue, protocol) have a summary row.`);

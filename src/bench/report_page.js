@@ -19,7 +19,17 @@ const policies = [...new Set(M.runs.map(r => r.policy))];
 const heads = policies.map(p => p.split(/[:+ ]/)[0]);
 const count = (n, word) => `${n} ${word}${n === 1 ? '' : 's'}`;
 const cut = (s, n) => (s.length > n ? s.slice(0, n - 1) + '\u2026' : s);
-const policyName = policies.map((p, i) => (heads.filter(h => h === heads[i]).length === 1 ? heads[i] : cut(p, 34)));
+/* Two policies of one preset are told apart by the words that only one of them has. */
+const specWords = i => policies[i].slice(heads[i].length).split(/[:,\s]+/).filter(Boolean);
+const policyName = policies.map((p, i) => {
+  const family = policies.map((q, k) => k).filter(k => heads[k] === heads[i]);
+  return [heads[i], ...specWords(i).filter(word => !family.every(k => specWords(k).includes(word)))].join(' ');
+});
+/* Shortened in the preset's name, since its words are what tells it apart. */
+function cutName(name, n) {
+  const head = name.split(' ')[0], tail = name.slice(head.length);
+  return name.length <= n ? name : tail && tail.length + 5 < n ? cut(head, n - tail.length) + tail : cut(name, n);
+}
 const isBaseline = policy => /^(baseline|full|none)\b/.test(policy);
 const RUNS = M.runs.map((r, i) => {
   const p = policies.indexOf(r.policy);
@@ -75,6 +85,14 @@ function policyLegend(box, shown) {
     MODES.filter(m => RUNS.some(r => modeKind(r.position) === m)).map(m => el('li', {}, dashIcon(modeColour(m), DASH[m]), m)));
 }
 
+/* From the rows themselves: a suite may run only some dialogues freely. */
+function protocolText() {
+  const n = Math.max(0, ...RUNS.map(r => { const m = mean(r, 'ttft_ms_median', FR); return m.protocol === FR ? m.n : 0; }));
+  const said = RUNS.some(r => D.turn_means[r.i][TF]) ? ['teacher-forced'] : [];
+  if (RUNS.some(r => D.turn_means[r.i][FR])) said.push('free-running' + (n && n < M.dialogues.length ? ` (${n} of ${M.dialogues.length})` : ''));
+  return said.join(' and ');
+}
+
 function header() {
   const m = M.model || {}, d = M.data || {}, c = M.cpu || {}, k = M.kvasir || {};
   if (M.preliminary || D.claims.preliminary || M.complete === false) {
@@ -92,11 +110,11 @@ function header() {
       el('p', { class: 'lead' }, 'Each cache policy and position mode against the full cache, on the same dialogues, in space, time, accuracy and positional fidelity.')), toggle),
     el('dl', { class: 'facts' },
       fact('model', m.name || '?', `${m.n_layers ?? '?'} layers, ${m.n_kv_heads ?? '?'} KV heads of ${m.head_dim ?? '?'}, window ${fmt(m.window_tokens)}`),
-      fact('suite', M.suite || '?', `${count(M.runs.length, 'run')}, ${count(M.dialogues.length, 'dialogue')}, ${(M.protocols || []).map(p => (p === 'tf' ? 'teacher-forced' : p === 'fr' ? 'free-running' : p)).join(' and ')}`),
+      fact('suite', M.suite || '?', `${count(M.runs.length, 'run')}, ${count(M.dialogues.length, 'dialogue')}, ${protocolText()}`),
       fact('data', d.name || '?', `${d.licence || 'licence not stated'}, xxh64 ${d.xxh64 || '?'}`),
       fact('machine', c.model || '?', `${c.isa || '?'}, ${c.threads ?? '?'} threads, ${M.os || '?'}`),
       fact('numbers', `${M.arith || '?'} arithmetic, ${M.kv_type || '?'} cache`, `${fmt(m.kv_bytes_per_token)} B per token, seed ${M.seed}`),
-      fact('build', `kvasir ${k.version || '?'}`, `${k.commit || '?'}${k.dirty ? ', changed tree' : ''}; ${day(M.started)} to ${day(M.ended)} UTC`)));
+      fact('build', `kvasir ${k.version || '?'}`, `${String(k.commit || '?').slice(0, 12)}${k.dirty ? ', changed tree' : ''}; ${day(M.started)} to ${day(M.ended)} UTC`)));
 }
 
 function setTheme(theme) {
@@ -149,9 +167,7 @@ function intervalPlot(claim) {
     const mark = svg('g', {}, svg('rect', { x: x(lo), y: y - 4, width: Math.max(1, x(hi) - x(lo)), height: 8, rx: 4, fill: 'var(--tone)', opacity: 0.35 }),
       svg('circle', { cx: x(e), cy: y, r: 5, fill: 'var(--tone)' }));
     g.append(tip(mark, [claim.id, ['estimate', `${fmt(e)} ${claim.unit || ''}`], ['95 %', known(claim.ci_low) ? `${fmt(lo)} to ${fmt(hi)}` : 'none'], ['threshold', fmt(t)], ['n', claim.n ?? '\u2013']]));
-    const text = `${fmt(e)} ${claim.unit || ''}` + (known(claim.ci_low) ? ` (${fmt(lo)} to ${fmt(hi)})` : '') + `, n = ${claim.n ?? '\u2013'}`;
-    g.append(svg('text', { x: w / 2, y: y + 25, 'text-anchor': 'middle', class: 'strong' }, text));
-    return y + 31;
+    return y + 14;
   });
 }
 
@@ -164,7 +180,8 @@ function claimCard(c) {
     el('div', { class: 'verdict' }, verdictIcon(c.verdict), c.verdict, lean, el('span', { class: 'id' }, c.id)),
     el('p', {}, c.statement || ''),
     known(c.estimate) ? intervalPlot(c) : el('p', { class: 'empty' }, 'No estimate.'),
-    c.meaning || detail ? el('details', {}, el('summary', {}, detail ? 'What it means, and the numbers beside it' : 'What it means'), c.meaning || '', detail) : null);
+    known(c.estimate) ? el('p', { class: 'number' }, el('b', {}, fmt(c.estimate)), known(c.ci_low) ? ` (${fmt(c.ci_low)} to ${fmt(c.ci_high)})` : '', `, n\u2009=\u2009${c.n ?? '\u2013'}`, el('small', {}, c.unit || '')) : null,
+    c.meaning || detail ? el('details', {}, el('summary', {}, detail ? 'Meaning and further numbers' : 'What it means'), c.meaning || '', detail) : null);
 }
 
 function claims() {
@@ -180,7 +197,7 @@ function runTip(r, m, extra) {
 }
 
 function interactionFacet(g, runs, x0, width, top, bottom, y, modes, labels) {
-  const right = labels ? 118 : 14, step = (width - right - 20) / modes.length;
+  const right = labels ? 172 : 14, step = (width - right - 20) / modes.length;
   const at = mode => x0 + 10 + step * (modes.indexOf(mode) + 0.5);
   const shown = [...new Set(runs.map(r => r.p))];
   const dodge = p => (shown.indexOf(p) - (shown.length - 1) / 2) * Math.min(9, step * 0.6 / Math.max(1, shown.length));
@@ -204,7 +221,7 @@ function interactionFacet(g, runs, x0, width, top, bottom, y, modes, labels) {
   const lx = x0 + width - right + 2, ys = spreadLabels(ends.map(e => e.y), 14, top + 6, bottom - 4);
   ends.forEach((e, i) => e.group.append(
     svg('path', { d: linePath([[e.x + 7, e.y], [lx - 4, ys[i]]]), stroke: 'var(--line)', fill: 'none' }),
-    svg('text', { x: lx, y: ys[i] + 4, class: 'strong' }, cut(policyName[e.p], 18), svg('title', {}, policies[e.p]))));
+    svg('text', { x: lx, y: ys[i] + 4, class: 'strong' }, cutName(policyName[e.p], 25), svg('title', {}, policies[e.p]))));
 }
 
 function interaction() {
@@ -217,11 +234,11 @@ function interaction() {
     const fw = (w - left) / per, h = w < 560 ? 290 : 330, values = runs.flatMap(r => { const m = mean(r, 'kl_mean'); return [m.v, m.lo, m.hi]; });
     budgetKeys.forEach((b, i) => {
       const own = runs.filter(r => r.budget_bytes === b), x0 = left + (i % per) * fw, top = Math.floor(i / per) * (h + 4) + 42, bottom = top + h - 68;
-      const y = klScale(values, FLOOR, top, bottom), first = i % per === 0, labels = fw > 390 || (per === 1 && w > 460);
+      const y = klScale(values, FLOOR, top, bottom), first = i % per === 0, labels = fw > 430 || (per === 1 && w > 460);
       axisY(g, y, x0, x0 + fw - 14, { quiet: !first, label: first ? 'KL(full \u2016 policy), nat per token, log' : null, labelX: 0, labelY: top - 26 });
       klStrip(g, y, x0, x0 + fw - 14, bottom);
       g.append(svg('text', { x: x0 + 10, y: top - 8, class: 'name' }, own.length ? `budget ${budgetText(own[0])}` : ''));
-      const right = labels ? 118 : 14, step = (fw - right - 20) / modes.length;
+      const right = labels ? 172 : 14, step = (fw - right - 20) / modes.length;
       g.append(svg('line', { class: 'axis', x1: x0, x2: x0 + fw - 14, y1: bottom + 0.5, y2: bottom + 0.5 }));
       modes.forEach((m, k) => g.append(svg('text', { x: x0 + 10 + step * (k + 0.5), y: bottom + 18, 'text-anchor': 'middle', class: 'strong' }, m)));
       interactionFacet(g, own, x0, fw, top, bottom, y, modes, labels);
@@ -258,10 +275,6 @@ function pareto() {
     axisY(g, y, left, w - right, { label: 'KL(full \u2016 policy), nat per token, log', labelX: 0, labelY: 12 });
     klStrip(g, y, left, w - right, bottom, true);
     axisX(g, x, bottom, { from: left, to: w - right, n: w < 560 ? 4 : 8, label: 'peak KV memory, MiB' });
-    const front = hull(points);
-    let d = '';
-    front.forEach((p, i) => { d += (i ? `H${x(p.x).toFixed(1)}V${y(p.k).toFixed(1)}` : `M${x(p.x).toFixed(1)} ${y(p.k).toFixed(1)}`); });
-    g.append(svg('path', { d, fill: 'none', stroke: 'var(--ink)', 'stroke-width': 1.2, opacity: 0.55 }));
     /* Runs of one budget share an x; a small fixed shift by their order keeps them apart. */
     const same = new Map();
     for (const p of points.slice().sort((a, b) => a.r.p - b.r.p)) {
@@ -271,6 +284,10 @@ function pareto() {
     }
     const room = Math.min(3.2, w / 260);
     for (const list of same.values()) list.forEach((p, i) => { p.px = x(p.x) + (i - (list.length - 1) / 2) * room; });
+    const front = hull(points);
+    let d = '';
+    front.forEach((p, i) => { d += (i ? `H${p.px.toFixed(1)}V${y(p.k).toFixed(1)}` : `M${p.px.toFixed(1)} ${y(p.k).toFixed(1)}`); });
+    g.append(svg('path', { d, fill: 'none', stroke: 'var(--ink)', 'stroke-width': 1.2, opacity: 0.55 }));
     const series = new Map();
     for (const p of points) series.set(p.r.p + '|' + p.r.position, (series.get(p.r.p + '|' + p.r.position) || []).concat(p));
     for (const list of series.values()) {
@@ -316,9 +333,12 @@ function table(rows, columns, start) {
     heads.forEach((h, i) => (i === by ? h.setAttribute('aria-sort', down ? 'descending' : 'ascending') : h.removeAttribute('aria-sort')));
   }
   fill();
-  return el('div', { class: 'scroll', tabindex: '0', role: 'region', 'aria-label': 'table' }, el('table', {}, el('thead', {}, el('tr', {}, heads)), body));
+  const box = el('div', { class: 'scroll', tabindex: '0', role: 'region', 'aria-label': 'table' }, el('table', {}, el('thead', {}, el('tr', {}, heads)), body));
+  const hint = el('p', { class: 'foot', hidden: '' }, `${fmt(rows.length)} rows and ${columns.length} columns: the table scrolls.`);
+  new ResizeObserver(() => requestAnimationFrame(() => { hint.hidden = box.scrollHeight <= box.clientHeight + 2 && box.scrollWidth <= box.clientWidth + 2; })).observe(box);
+  return el('div', {}, box, hint);
 }
-const policyColumn = { name: 'policy', text: true, get: r => ({ sort: r.name, node: icon(r.shape, r.colour, r.open), text: cut(r.name, 30) }) };
+const policyColumn = { name: 'policy', text: true, get: r => ({ sort: r.name, node: icon(r.shape, r.colour, r.open), text: cutName(r.name, 34) }) };
 const modeColumn = { name: 'position', text: true, get: r => ({ sort: r.position, node: dashIcon(r.colour, r.dash, 18), text: r.position }) };
 const budgetColumn = { name: 'budget', unit: 'tok', get: r => ({ v: r.budget_tokens || null }) };
 const stat = (name, unit, column, protocol, scale = 1) => ({ name, unit, get: r => {
@@ -411,7 +431,7 @@ function curves() {
       for (const r of l.rows) if (r[C.ev] > 0) g.append(svg('rect', { x: x(r[C.turn]) - 1.5, y: top + 20 - Math.max(3, 16 * r[C.ev] / peak), width: 3, height: Math.max(3, 16 * r[C.ev] / peak), fill: l.run.colour }));
       top += 24;
     }
-    axisX(g, x, top + 2, { from: left, to: w - 18, n: w < 560 ? 5 : 12, label: 'turn' });
+    axisX(g, x, top + 2, { from: left, to: w - 18, ticks: x.ticks(w < 560 ? 5 : 12).filter(Number.isInteger), label: 'turn, from 0' });
     const steps = lines[0].rows, cursor = svg('line', { y1: 20, y2: top, stroke: 'var(--ink)', opacity: 0 });
     g.append(cursor);
     for (const r of steps) {

@@ -129,7 +129,7 @@ static kvs_status add_run(grid *g, const char *spec, const char *position, const
     kvs_bench_run_spec *r = &g->runs[g->n];
     *r = (kvs_bench_run_spec){0};
     char short_name[128];
-    snprintf(short_name, sizeof short_name, "%s", spec);
+    snprintf(short_name, sizeof short_name, "%.127s", spec);
     snprintf(r->policy, sizeof r->policy, "%s%s", spec, from_suite ? " +protect=none" : "");
     if (from_suite && g->opt->paper_compat) {
         const size_t n = strlen(r->policy);

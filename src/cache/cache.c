@@ -496,6 +496,8 @@ void kvs_cache_keep(kvs_cache *c, uint32_t layer, uint32_t head, const uint8_t *
     c->n_live_total -= h->n_live - kept;
     h->n_live = kept;
     drop_dead_pages(c, h);
+    if (c->over_taken)
+        kvs_head_compact(c, h); /* holes count too on the way down to the budget */
     kvs_cache_meter_update(c);
 }
 

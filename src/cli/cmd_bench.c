@@ -3,7 +3,9 @@
 
 #include "bench/runner.h"
 
+#include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 static void on_progress(void *ctx, const char *stage, uint64_t done, uint64_t total, double seconds_left)
 {
@@ -68,18 +70,45 @@ static void value_text(json_t *v, char *text, size_t cap_bytes)
         snprintf(text, cap_bytes, "-");
 }
 
+static void number_text(const json_t *value, char *text, size_t cap_bytes)
+{
+    if (json_is_number(value))
+        snprintf(text, cap_bytes, "%.4g", json_number_value(value));
+    else
+        snprintf(text, cap_bytes, "-");
+}
+
+/* One block a claim: verdict, number with its interval against the threshold, what stands beside it. */
 static void print_claims(json_t *claims)
 {
-    size_t i;
-    json_t *claim;
-    printf("%-6s %-14s %-12s %s\n", "claim", "verdict", "estimate", "statement");
+    size_t i, k;
+    json_t *claim, *detail;
+    printf("%lld dialogues%s\n", (long long)json_integer_value(json_object_get(claims, "n_dialogues")),
+           json_is_true(json_object_get(claims, "preliminary")) ? ": PRELIMINARY, verdicts need 30" : "");
     json_array_foreach(json_object_get(claims, "claims"), i, claim) {
-        char id[32], verdict[32], value[32], text[400];
+        char id[32], verdict[32], leaning[32], unit[120], text[400], value[32], low[32], high[32], threshold[32];
         value_text(json_object_get(claim, "id"), id, sizeof id);
         value_text(json_object_get(claim, "verdict"), verdict, sizeof verdict);
-        value_text(json_object_get(claim, "estimate"), value, sizeof value);
+        value_text(json_object_get(claim, "leaning"), leaning, sizeof leaning);
+        value_text(json_object_get(claim, "unit"), unit, sizeof unit);
         value_text(json_object_get(claim, "statement"), text, sizeof text);
-        printf("%-6s %-14s %-12s %s\n", id, verdict, value, text);
+        number_text(json_object_get(claim, "estimate"), value, sizeof value);
+        number_text(json_object_get(claim, "ci_low"), low, sizeof low);
+        number_text(json_object_get(claim, "ci_high"), high, sizeof high);
+        number_text(json_object_get(claim, "threshold"), threshold, sizeof threshold);
+        const bool leans = json_is_string(json_object_get(claim, "leaning")) && strcmp(verdict, "PRELIMINARY") == 0;
+        printf("\n%-4s %s%s%s%s  %s\n", id, verdict, leans ? " (leaning " : "", leans ? leaning : "",
+               leans ? ")" : "", text);
+        printf("     %s [%s, %s], threshold %s, n = %lld: %s\n", value, low, high, threshold,
+               (long long)json_integer_value(json_object_get(claim, "n")), unit);
+        json_array_foreach(json_object_get(claim, "detail"), k, detail) {
+            char name[200];
+            value_text(json_object_get(detail, "name"), name, sizeof name);
+            number_text(json_object_get(detail, "value"), value, sizeof value);
+            number_text(json_object_get(detail, "ci_low"), low, sizeof low);
+            number_text(json_object_get(detail, "ci_high"), high, sizeof high);
+            printf("       %-9s [%s, %s]  %s\n", value, low, high, name);
+        }
     }
 }
 
@@ -106,12 +135,23 @@ static int print_results(const kvs_cli_args *args, const char *out_dir)
     return KVS_EXIT_OK;
 }
 
+/* --data, else the real dialogues where KVASIR_DATA has them, else NULL: the embedded ones. */
+static const char *data_path(const char *given)
+{
+    static char path[4096];
+    const char *const root = getenv("KVASIR_DATA");
+    if (given != NULL || root == NULL || root[0] == '\0')
+        return given;
+    snprintf(path, sizeof path, "%s/sharegpt_subset", root);
+    return access(path, R_OK) == 0 ? path : NULL;
+}
+
 int kvs_cmd_bench(const kvs_cli_args *args)
 {
     kvs_error err = {0};
     char model_path[4096], out_dir[4096], line[8192];
     kvs_bench_options opt = {.suite = args->suite != NULL ? args->suite : "demo",
-                             .data_path = args->data,
+                             .data_path = data_path(args->data),
                              .out_dir = out_dir,
                              .model_path = model_path,
                              .kv_type = args->kv_type != NULL ? args->kv_type : "f16",

@@ -119,7 +119,7 @@ const kvs_cli_option kvs_cli_options[] = {
     {"repeat-penalty", 0, KVS_CLI_REAL, AT(repeat_penalty), RUN | CHAT, "R", "penalty on repeated tokens; 1 is off",
      NULL, 0.01, 100},
     {"suite", 0, KVS_CLI_CHOICE, AT(suite), BENCH, "NAME", "set of runs; default demo", suite_choices, 0, 0},
-    {"data", 0, KVS_CLI_DIR, AT(data), BENCH, "PATH", "file or folder of dialogues; default the suite's own", NULL, 0, 0},
+    {"data", 0, KVS_CLI_DIR, AT(data), BENCH, "PATH", "file or folder of dialogues; default KVASIR_DATA's ShareGPT subset, else the embedded set", NULL, 0, 0},
     {"dialogues", 0, KVS_CLI_U32, AT(n_dialogues), BENCH, "N", "how many dialogues; default the suite's own", NULL, 1,
      1e6},
     {"out", 0, KVS_CLI_DIR, AT(out), BENCH, "DIR", "output folder; default kvasir-bench-SUITE", NULL, 0, 0},

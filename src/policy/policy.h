@@ -45,7 +45,8 @@ kvs_status kvs_size_parse(const char *text, uint64_t *bytes, uint64_t *tokens, k
 
 uint32_t kvs_policy_needs(const kvs_policy *p);
 kvs_policy_scope kvs_policy_scope_of(const kvs_policy *p);
-/* Slots to keep of n_slots (a share rounds down, as the paper's script does); n_full is what an absent `keep` means. At least 1; n_slots or more means nothing to do. */
+/* Slots to keep of n_slots (a share rounds down, as the paper's script does); n_full is what an absent `keep` means.
+ * At least 1 and at least what is hard-protected; n_slots or more means nothing to do. */
 uint32_t kvs_policy_target(const kvs_policy *p, const kvs_policy_view *view, uint32_t n_full);
 
 /* The registry: the only list of policies. */

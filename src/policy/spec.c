@@ -398,7 +398,6 @@ uint32_t kvs_policy_target(const kvs_policy *p, const kvs_policy_view *view, uin
         want = (uint32_t)(n * p->keep_ratio);
     if (p->ops->target != NULL)
         want = p->ops->target(p->params, view, want);
-    if (want < 1)
-        want = 1;
-    return want;
+    /* What is protected outranks an aim: a share of few slots, or a budget less a chunk, may be below it. */
+    return kvs_max_u32(kvs_max_u32(want, 1), kvs_protected_count(&p->protect, view));
 }

@@ -194,10 +194,14 @@ typedef struct step_rows {
 
 kvs_status kvs_session_forward(kvs_session *s, kvs_forward **out, kvs_error *err)
 {
-    if (s->model->forward == NULL)
-        KVS_TRY(kvs_forward_create(s->model, &s->model->forward, err));
+    /* The first sessions of a model may be created on several threads at once. */
+    static pthread_mutex_t creating = PTHREAD_MUTEX_INITIALIZER;
+    pthread_mutex_lock(&creating);
+    const kvs_status status =
+        s->model->forward != NULL ? KVS_OK : kvs_forward_create(s->model, &s->model->forward, err);
+    pthread_mutex_unlock(&creating);
     *out = s->model->forward;
-    return KVS_OK;
+    return status;
 }
 
 /* Which rows' attention the policy wants: all of them, or only those of the forward that is the latest when the step

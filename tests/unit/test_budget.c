@@ -183,7 +183,7 @@ static void a_budget_below_what_is_protected_names_both(void **state)
     o.budget_bytes = 1000;
     assert_int_equal(kvs_session_create(model, &o, &s, &err), KVS_EBUDGET);
     assert_non_null(strstr(err.message, "1000 bytes"));
-    o.budget_bytes = 20000;
+    o.budget_bytes = 21000;
     assert_int_equal(kvs_session_create(model, &o, &s, &err), KVS_EBUDGET); /* 64 slots a head */
     assert_non_null(strstr(err.message, "71tok"));
 }
@@ -394,7 +394,7 @@ static void resident_memory_grows_by_what_usage_says(void **state)
     kvs_model *m = open_wide(path);
     assert_non_null(m);
     kvs_session *warm, *s;
-    assert_int_equal(fill(m, 4 << 20, "streaming", 80, &warm), KVS_OK); /* activations, stacks, code */
+    assert_int_equal(fill(m, 9 << 20, "streaming", 80, &warm), KVS_OK); /* activations, stacks, code */
     kvs_usage u, w;
     kvs_session_get_usage(warm, &w);
     const uint64_t before = statm_bytes(1);

@@ -434,13 +434,20 @@ static void a_target_is_never_zero_and_tokens_outrank_shares(void **state)
     (void)state;
     kvs_rng rng = {15};
     fill_view(&rng, 10);
-    const kvs_policy tiny = parse("random:keep=0.01"), count = parse("random +keep=0.5 +keep=3tok"),
-                     share = parse("random:keep=3tok +keep=0.5"), none = parse("streaming");
+    const kvs_policy tiny = parse("random:keep=0.01 +protect=none"),
+                     count = parse("random +keep=0.5 +keep=3tok +protect=none"),
+                     share = parse("random:keep=3tok +keep=0.5 +protect=none"), none = parse("streaming +protect=none");
     assert_int_equal(kvs_policy_target(&tiny, &b.view, 9), 1);
     assert_int_equal(kvs_policy_target(&count, &b.view, 9), 3);
     assert_int_equal(kvs_policy_target(&share, &b.view, 9), 5);
     assert_int_equal(kvs_policy_target(&none, &b.view, 9), 9);
     assert_int_equal(kvs_policy_target(&none, &b.view, 0), 1);
+    /* A share of few slots, or a budget less its chunk, may be below what is protected: that stays. */
+    const kvs_policy guarded = parse("random:keep=0.01 +protect=recent:6");
+    const uint32_t n_hard = kvs_protected_count(&guarded.protect, &b.view);
+    assert_true(n_hard > 1 && n_hard < 10);
+    assert_int_equal(kvs_policy_target(&guarded, &b.view, 9), n_hard);
+    assert_int_equal(evict(&guarded, 9), n_hard);
 }
 
 /* ---- the grammar ---- */
