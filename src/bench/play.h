@@ -44,6 +44,13 @@ typedef struct kvs_play {
 kvs_status kvs_play_forced(const kvs_play *p, const kvs_script *script, json_t **part, kvs_error *err);
 /* Free-running after the trigger; appends to part's "turns" and "summary" and to "claims". */
 kvs_status kvs_play_free(const kvs_play *p, const kvs_script *script, json_t *part, kvs_error *err);
+/* A dialogue with planted facts whose first question stands past the suite's trigger, and its rendered script; both
+ * depend on (model's tokens, suite, seed, fillers, index) only and are the caller's to free. Fillers without short
+ * answered questions are replaced by the embedded ones. */
+kvs_status kvs_recall_dialogue(const kvs_play *p, const kvs_dialogue_set *fillers, uint64_t index, kvs_dialogue *d,
+                               kvs_script *script, kvs_error *err);
+/* The part of one recall dialogue: {"dialogue", "recall"}, a row for every run and question; a new reference. */
+kvs_status kvs_play_recall(const kvs_play *p, const kvs_script *script, json_t **part, kvs_error *err);
 /* Messages as the template takes them; calloc'd [n_messages], the caller frees. NULL: no memory. */
 kvs_message *kvs_script_messages(const kvs_dialogue *d);
 

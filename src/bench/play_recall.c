@@ -179,24 +179,6 @@ static kvs_status fork_due(recall_state *s, uint32_t end, kvs_error *err)
     return KVS_OK;
 }
 
-/* Runs steps[n]; a run that its budget refuses fails alone, owner[i] NULL or the reference fails all. */
-static kvs_status step_together(const recall_state *s, kvs_run *steps, recaller **owner, uint32_t n, kvs_error *err)
-{
-    kvs_error e = {0};
-    kvs_status status = n == 0 ? KVS_OK : kvs_step(steps, n, &e);
-    for (uint32_t i = 0; i < n && status == KVS_EBUDGET; i++)
-        if (steps[i].status != KVS_OK && (owner[i] == NULL || owner[i] == &s->recallers[0]))
-            status = steps[i].status == KVS_EBUDGET ? KVS_EBACKEND : steps[i].status;
-    for (uint32_t i = 0; i < n && status == KVS_EBUDGET; i++)
-        if (steps[i].status != KVS_OK)
-            fail(owner[i], steps[i].status, &e);
-    if (status == KVS_OK || status == KVS_EBUDGET)
-        return KVS_OK;
-    if (err != NULL)
-        *err = e;
-    return status;
-}
-
 typedef struct batch {
     kvs_run *steps;
     recaller **owner;
@@ -225,6 +207,26 @@ static void batch_add(batch *b, const kvs_run *step, kvs_session *session, recal
     b->owner[b->n++] = owner;
 }
 
+/* A run that its budget refuses fails alone; the reference or a trunk fails all. */
+static kvs_status step_together(const recall_state *s, batch *b, kvs_error *err)
+{
+    kvs_error e = {0};
+    const kvs_status status = b->n == 0 ? KVS_OK : kvs_step(b->steps, b->n, &e);
+    bool alone = status == KVS_EBUDGET;
+    for (uint32_t i = 0; i < b->n; i++)
+        if (b->steps[i].status != KVS_OK && (b->owner[i] == NULL || b->owner[i] == &s->recallers[0]))
+            alone = false;
+    if (status != KVS_OK && !alone) {
+        if (err != NULL)
+            *err = e;
+        return status;
+    }
+    for (uint32_t i = 0; i < b->n; i++)
+        if (b->steps[i].status != KVS_OK)
+            fail(b->owner[i], b->steps[i].status, &e);
+    return KVS_OK;
+}
+
 static kvs_status feed_block(recall_state *s, uint32_t begin, uint32_t end, kvs_error *err)
 {
     const kvs_run step = {
@@ -238,7 +240,7 @@ static kvs_status feed_block(recall_state *s, uint32_t begin, uint32_t end, kvs_
         for (uint32_t i = 1; i < s->p->n_runs; i++)
             if (s->recallers[i].session != NULL && s->recallers[i].failed == KVS_OK)
                 batch_add(&b, &step, s->recallers[i].session, &s->recallers[i]);
-        status = step_together(s, b.steps, b.owner, b.n, err);
+        status = step_together(s, &b, err);
     }
     batch_free(&b);
     return status;
@@ -262,29 +264,14 @@ static kvs_status feed(recall_state *s, uint32_t begin, uint32_t end, kvs_error 
 /* ---- candidates ---- */
 
 /* The turn's tokens with `answer` as the assistant's words, without what the template puts behind them. */
-static kvs_status render_answer(const recall_state *s, const kvs_message *messages, uint32_t question_idx,
-                                const char *answer, kvs_rendered *out, kvs_error *err)
+static kvs_status render_answer(const recall_state *s, kvs_message *messages, uint32_t answer_idx, const char *answer,
+                                kvs_rendered *out, kvs_error *err)
 {
-    const uint32_t from = s->turn == 0 ? 0 : s->script->turns[s->turn - 1].message_end, n = question_idx + 2 - from;
-    kvs_message *turn = calloc(n, sizeof *turn);
-    if (turn == NULL)
-        return kvs_error_set(err, KVS_ENOMEM, "no memory for %u messages", n);
-    memcpy(turn, messages + from, n * sizeof *turn);
-    turn[n - 1].content = answer;
-    /* Only the first turn has the template's opening; elsewhere an earlier message stands before. */
-    kvs_message *all = calloc(n + 1, sizeof *all);
-    kvs_status status = KVS_ENOMEM;
-    if (all != NULL) {
-        const uint32_t n_before = from == 0 ? 0 : 1;
-        if (n_before != 0)
-            all[0] = messages[from - 1];
-        memcpy(all + n_before, turn, n * sizeof *turn);
-        status = kvs_chat_render(s->p->model, all, n + n_before, n_before, false, out, err);
-    } else {
-        kvs_error_set(err, KVS_ENOMEM, "no memory for %u messages", n);
-    }
-    free(all);
-    free(turn);
+    const uint32_t from = s->turn == 0 ? 0 : s->script->turns[s->turn - 1].message_end;
+    const char *recorded = messages[answer_idx].content;
+    messages[answer_idx].content = answer;
+    const kvs_status status = kvs_chat_render(s->p->model, messages, answer_idx + 1, from, false, out, err);
+    messages[answer_idx].content = recorded;
     while (status == KVS_OK && out->n_tokens > 0 && out->flags[out->n_tokens - 1] == KVS_TOKEN_TEMPLATE)
         out->n_tokens--;
     return status;
@@ -348,7 +335,7 @@ static kvs_status make_candidates(recall_state *s, const kvs_dialogue_fact *fact
                      c < fact->n_candidates ? fact->candidates[c] : "") < 0)
             status = kvs_error_set(err, KVS_ENOMEM, "no memory for an answer");
         else
-            status = render_answer(s, messages, fact->question_idx, text,
+            status = render_answer(s, messages, fact->answer.message_idx, text,
                                    c < fact->n_candidates ? &whole[c] : &beginning, err);
         free(text);
     }
@@ -418,7 +405,7 @@ static kvs_status step_probes(recall_state *s, uint32_t candidate, batch *b, kvs
         if (r->probe != NULL && r->failed == KVS_OK)
             batch_add(b, &step, r->probe, r);
     }
-    return step_together(s, b->steps, b->owner, b->n, err);
+    return step_together(s, b, err);
 }
 
 static kvs_status score(recall_state *s, batch *b, kvs_error *err)
@@ -497,8 +484,10 @@ static void record_score(json_t *row, const recall_state *s, const recaller *r, 
     kvs_choice choice;
     kvs_error e = {0};
     const recaller *from = r->session == NULL ? &s->recallers[0] : r;
-    const bool ok = r->failed == KVS_OK && kvs_recall_choice(from->logprob, s->n_tail, s->n_candidates, 0, &choice,
-                                                             &e) == KVS_OK;
+    if (r->failed == KVS_OK && from->failed != KVS_OK)
+        snprintf(e.message, sizeof e.message, "%s", from->failure);
+    const bool ok = r->failed == KVS_OK && from->failed == KVS_OK &&
+                    kvs_recall_choice(from->logprob, s->n_tail, s->n_candidates, 0, &choice, &e) == KVS_OK;
     double survival = NAN, erased = NAN;
     uint32_t picked = 0;
     if (ok) {

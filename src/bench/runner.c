@@ -32,6 +32,7 @@ typedef struct bench {
     char key[17];          /* of the configuration: parts of another are not reused */
     char started[32];
     json_t *parts;         /* loaded or made, in dialogue order */
+    json_t *recall_parts;  /* the same of dialogues with planted facts */
     /* progress */
     double *cost, cost_done, cost_total;
     uint32_t current;
@@ -70,6 +71,7 @@ static kvs_status read_options(bench *b, kvs_error *err)
     if (o->n_dialogues != 0) {
         b->scaled.n_dialogues = o->n_dialogues;
         b->scaled.n_long = kvs_min_u32(b->scaled.n_long, o->n_dialogues);
+        b->scaled.n_recall = kvs_min_u32(b->scaled.n_recall, o->n_dialogues);
     }
     if (o->free_running)
         b->scaled.free_dialogues = b->scaled.n_dialogues;
@@ -161,6 +163,13 @@ static double dialogue_cost(const bench *b, uint32_t i)
     return cost;
 }
 
+/* Questions come soon after the trigger; each is scored by a few rows of every run. */
+static double recall_cost(const bench *b)
+{
+    const double trigger = b->scaled.trigger_tokens, facts = b->scaled.recall_facts;
+    return 2 * trigger + (0.1 * trigger + facts * 70) * (b->n_runs + 2);
+}
+
 static double forced_share(const bench *b, double done, double total)
 {
     const double trigger = fmin(total, b->scaled.trigger_tokens), late = (b->n_runs + 2) * 1.3;
@@ -186,17 +195,31 @@ static void on_progress(void *ctx, uint64_t done, uint64_t total)
     b->opt->on_progress(b->opt->ctx, stage, (uint64_t)(1000 * at / b->cost_total), 1000, left);
 }
 
-/* ---- dialogues ---- */
-
-static bool part_path(const bench *b, uint32_t i, char *name, size_t cap)
+static void on_recall_progress(void *ctx, uint64_t done, uint64_t total)
 {
-    return snprintf(name, cap, "parts/d%04u.json", i) < (int)cap && b->opt->out_dir != NULL;
+    bench *b = ctx;
+    if (b->opt->on_progress == NULL)
+        return;
+    const double at = b->cost_done + recall_cost(b) * forced_share(b, (double)done, (double)total);
+    const double seconds = (double)(kvs_now_ns() - b->t0_ns) / 1e9;
+    char stage[96];
+    snprintf(stage, sizeof stage, "recall %u of %u, %u runs", b->current + 1, b->scaled.n_recall, b->n_runs);
+    const double left = at > 0.02 * b->cost_total ? seconds / at * (b->cost_total - at) : -1;
+    b->opt->on_progress(b->opt->ctx, stage, (uint64_t)(1000 * at / b->cost_total), 1000, left);
 }
 
-static json_t *load_part(const bench *b, uint32_t i)
+/* ---- dialogues ---- */
+
+/* kind: d for a dialogue, r for one with planted facts. */
+static bool part_path(const bench *b, char kind, uint32_t i, char *name, size_t cap)
+{
+    return snprintf(name, cap, "parts/%c%04u.json", kind, i) < (int)cap && b->opt->out_dir != NULL;
+}
+
+static json_t *load_part(const bench *b, char kind, uint32_t i)
 {
     char name[64], path[2200];
-    if (!part_path(b, i, name, sizeof name))
+    if (!part_path(b, kind, i, name, sizeof name))
         return NULL;
     snprintf(path, sizeof path, "%s/%s", b->opt->out_dir, name);
     json_t *part = json_load_file(path, 0, NULL);
@@ -238,7 +261,7 @@ static kvs_status play_dialogue(bench *b, uint32_t i, json_t **part, kvs_error *
     json_object_set_new(*part, "key", json_string(b->key));
     json_object_set_new(*part, "sources", json_string(b->dialogues.items[i].origin));
     char name[64];
-    part_path(b, i, name, sizeof name);
+    part_path(b, 'd', i, name, sizeof name);
     return kvs_output_json(b->opt->out_dir, name, *part, err);
 }
 
@@ -248,10 +271,11 @@ static kvs_status play_dialogues(bench *b, bool *complete, kvs_error *err)
     *complete = true;
     for (uint32_t i = 0; i < b->n_dialogues; i++)
         b->cost_total += b->cost[i] = dialogue_cost(b, i);
+    b->cost_total += recall_cost(b) * b->scaled.n_recall;
     b->t0_ns = kvs_now_ns();
     kvs_status stopped = KVS_OK;
     for (uint32_t i = 0; i < b->n_dialogues; i++) {
-        json_t *part = o->resume || o->shard_count > 1 ? load_part(b, i) : NULL;
+        json_t *part = o->resume || o->shard_count > 1 ? load_part(b, 'd', i) : NULL;
         const bool mine = o->shard_count <= 1 || i % o->shard_count == o->shard_index;
         if (part != NULL || !mine || stopped != KVS_OK) {
             b->cost_total -= b->cost[i];
@@ -263,6 +287,55 @@ static kvs_status play_dialogues(bench *b, bool *complete, kvs_error *err)
         }
         if (part != NULL)
             json_array_append_new(b->parts, part);
+        else
+            *complete = false;
+    }
+    return stopped;
+}
+
+static kvs_status play_recall(bench *b, uint32_t i, json_t **part, kvs_error *err)
+{
+    const kvs_play play = {.model = b->model, .suite = &b->scaled, .opt = b->opt, .runs = b->runs, .n_runs = b->n_runs,
+                           .arith = b->arith, .kv_type = b->kv_type, .progress = on_recall_progress, .ctx = b};
+    kvs_dialogue d;
+    kvs_script script;
+    b->current = i;
+    KVS_TRY(kvs_recall_dialogue(&play, &b->data, i, &d, &script, err));
+    kvs_status status = kvs_play_recall(&play, &script, part, err);
+    if (status == KVS_OK) {
+        json_object_set_new(*part, "key", json_string(b->key));
+        json_object_set_new(*part, "sources", json_string(d.origin));
+        char name[64];
+        part_path(b, 'r', i, name, sizeof name);
+        status = kvs_output_json(b->opt->out_dir, name, *part, err);
+    }
+    kvs_script_free(&script);
+    kvs_dialogue_free(&d);
+    return status;
+}
+
+static kvs_status play_recalls(bench *b, bool *complete, kvs_error *err)
+{
+    const kvs_bench_options *o = b->opt;
+    kvs_status stopped = KVS_OK;
+    for (uint32_t i = 0; i < b->scaled.n_recall; i++) {
+        json_t *part = o->resume || o->shard_count > 1 ? load_part(b, 'r', i) : NULL;
+        const json_t *n_questions = json_object_get(json_object_get(part, "dialogue"), "n_questions");
+        if (part != NULL && json_integer_value(n_questions) != b->scaled.recall_facts) {
+            json_decref(part);
+            part = NULL;
+        }
+        const bool mine = o->shard_count <= 1 || (b->n_dialogues + i) % o->shard_count == o->shard_index;
+        if (part != NULL || !mine || stopped != KVS_OK) {
+            b->cost_total -= recall_cost(b);
+        } else {
+            stopped = play_recall(b, i, &part, err);
+            b->cost_done += recall_cost(b);
+            if (stopped != KVS_OK && stopped != KVS_ECANCELLED)
+                return stopped;
+        }
+        if (part != NULL)
+            json_array_append_new(b->recall_parts, part);
         else
             *complete = false;
     }
@@ -314,12 +387,12 @@ static json_t *runs_json(const bench *b, uint64_t token_bytes)
     return list;
 }
 
-static json_t *dialogues_json(const bench *b)
+static json_t *dialogues_json(const json_t *parts)
 {
     json_t *list = json_array();
     size_t i;
     json_t *part;
-    json_array_foreach(b->parts, i, part)
+    json_array_foreach(parts, i, part)
         json_array_append(list, json_object_get(part, "dialogue"));
     return list;
 }
@@ -359,7 +432,8 @@ static kvs_status write_manifest(bench *b, const json_t *claims, double noise_fl
     json_object_set_new(m, "runs", runs_json(b, token_bytes));
     json_object_set_new(m, "protocols", b->scaled.free_dialogues >= b->n_dialogues ? json_pack("[s,s]", "tf", "fr")
                                                                                    : json_pack("[s]", "tf"));
-    json_object_set_new(m, "dialogues", dialogues_json(b));
+    json_object_set_new(m, "dialogues", dialogues_json(b->parts));
+    json_object_set_new(m, "recall_dialogues", dialogues_json(b->recall_parts));
     json_object_set_new(m, "noise_floor_kl", kvs_json_real(noise_floor));
     json_object_set_new(m, "started", json_string(b->started));
     json_object_set_new(m, "ended", json_string(ended));
@@ -375,7 +449,8 @@ static kvs_status write_folder(bench *b, bool complete, kvs_error *err)
     kvs_model_info info;
     kvs_model_get_info(b->model, &info);
     json_t *runs = runs_json(b, 1);
-    const kvs_claims_input in = {b->parts, runs, info.window_tokens, b->scaled.trigger_tokens, b->opt->seed};
+    const kvs_claims_input in = {b->parts, runs, info.window_tokens, b->scaled.trigger_tokens, b->opt->seed,
+                                 b->recall_parts};
     double noise_floor;
     json_t *claims = kvs_claims(&in, &noise_floor);
     const char *dir = b->opt->out_dir;
@@ -386,6 +461,8 @@ static kvs_status write_folder(bench *b, bool complete, kvs_error *err)
         status = kvs_output_lines(dir, "events.jsonl", b->parts, "events", err);
     if (status == KVS_OK)
         status = kvs_output_lines(dir, "keepsets.jsonl", b->parts, "keepsets", err);
+    if (status == KVS_OK)
+        status = kvs_output_lines(dir, "recall.jsonl", b->recall_parts, "recall", err);
     if (status == KVS_OK)
         status = kvs_output_summary(dir, b->parts, err);
     if (status == KVS_OK)
@@ -408,7 +485,11 @@ static kvs_status run_bench(bench *b, kvs_error *err)
     KVS_TRY(make_dialogues(b, err));
     make_key(b);
     bool complete;
-    const kvs_status played = play_dialogues(b, &complete, err);
+    kvs_status played = play_dialogues(b, &complete, err);
+    if (played == KVS_OK)
+        played = play_recalls(b, &complete, err);
+    else
+        complete = false;
     if (played != KVS_OK && played != KVS_ECANCELLED)
         return played;
     if (json_array_size(b->parts) == 0)
@@ -431,6 +512,7 @@ kvs_status kvs_bench_run(const kvs_bench_options *opt, kvs_error *err)
         return kvs_error_set(err, KVS_ENOMEM, "no memory for the benchmark");
     b->opt = opt;
     b->parts = json_array();
+    b->recall_parts = json_array();
     utc_now(b->started);
     kvs_status status = read_options(b, err);
     if (status == KVS_OK)
@@ -441,6 +523,7 @@ kvs_status kvs_bench_run(const kvs_bench_options *opt, kvs_error *err)
     kvs_dialogue_set_free(&b->dialogues);
     kvs_model_close(&b->model);
     json_decref(b->parts);
+    json_decref(b->recall_parts);
     free(b->scripts);
     free(b->cost);
     free(b);

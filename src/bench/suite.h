@@ -14,6 +14,8 @@ typedef struct kvs_suite {
     uint32_t trigger_tokens; /* where the schedule acts */
     uint32_t free_dialogues; /* that are also played free-running */
     uint32_t free_turns, free_tokens; /* turns after the trigger, tokens an answer */
+    uint32_t n_recall;       /* dialogues with planted facts, past the trigger before the first question */
+    uint32_t recall_facts;   /* planted in each, one question about each */
     const char *const *policies;      /* [NULL-terminated] with %T, %G, %R, ... filled in by kvs_suite_runs */
     const char *const *positions;     /* [NULL-terminated] */
 } kvs_suite;

@@ -424,43 +424,6 @@ static void paper_compat_depends_on_slices(void **state)
     }
 }
 
-/* Under a budget in bytes one head may outgrow its share when the others are small: never what evictions have room
- * to work on. */
-static void ragged_head_outgrows_the_scratch(void **state)
-{
-    (void)state;
-    kvs_session_options o;
-    kvs_session_options_default(&o);
-    o.budget_tokens = 256;
-    kvs_session *s = fx_session(model[1], &o), *child;
-    kvs_usage u;
-    kvs_session_get_usage(s, &u);
-    kvs_session_free(&s);
-    o.budget_tokens = 0;
-    o.budget_bytes = u.budget_bytes;
-    o.policy = "attention_top:scope=2,keep=0.3 +protect=none";
-    s = fx_session(model[1], &o);
-    assert_non_null(s);
-    run_rows(s, 0, 500, N, got);
-    o.policy = "sliding_window_gist:gist=300,recent=1 +protect=none"; /* heads differ in how much of the gist they hold */
-    kvs_error err = {.message = ""};
-    if (kvs_session_fork(s, &o, &child, &err) != KVS_OK)
-        fail_msg("%s", err.message);
-    bool unequal = false;
-    for (uint32_t i = 0; i < N; i += 10) {
-        assert_int_equal(kvs_session_extend(child, other + i, NULL, 10, NULL, &err), KVS_OK);
-        kvs_session_get_usage(child, &u);
-        unequal |= u.n_slots_min < u.n_slots_max;
-        assert_true(u.n_slots_max <= child->scratch.n_slots);
-        assert_true(u.kv_bytes <= u.budget_bytes);
-        kvs_positions p;
-        kvs_session_get_positions(child, &p);
-    }
-    assert_true(unequal);
-    kvs_session_free(&child);
-    kvs_session_free(&s);
-}
-
 /* A policy that chooses for each layer keeps doing so after its first eviction. */
 static void layer_scope_lasts_one_eviction(void **state)
 {
@@ -662,7 +625,6 @@ int main(void)
         cmocka_unit_test(evictions_in_gapcap_are_not_exact),
         cmocka_unit_test(evictions_in_recompute_are_not_exact),
         cmocka_unit_test(paper_compat_depends_on_slices),
-        cmocka_unit_test(ragged_head_outgrows_the_scratch),
         cmocka_unit_test(layer_scope_lasts_one_eviction),
         cmocka_unit_test(truncated_tokens_leave_a_trace),
         cmocka_unit_test(truncation_goes_below_an_eviction),
