@@ -365,6 +365,129 @@ static uint32_t count_loops(const judge *j, const char *a, const char *b, uint32
     return n;
 }
 
+/* ---- recall ---- */
+
+#define RECALL_GUARD 0.7   /* evaluation.md 3.1: below it the model cannot answer with everything in sight either */
+#define RECALL_MARGIN 0.20 /* C6: percentage points over 100 */
+
+/* Mean of `correct` (or, with chance, of 1 / candidates) of a run over the questions about facts told at or after
+ * token `from` of one dialogue; NaN if any of them has no result. */
+static double recall_mean(const json_t *part, const char *run, double from, bool chance)
+{
+    double sum = 0;
+    uint32_t n = 0;
+    size_t i;
+    json_t *row;
+    json_array_foreach(json_object_get(part, "recall"), i, row) {
+        const char *of = json_string_value(json_object_get(row, "run"));
+        if (of == NULL || strcmp(of, run) != 0 || json_number_value(json_object_get(row, "told_token")) < from)
+            continue;
+        const json_t *correct = json_object_get(row, "correct");
+        if (!json_is_boolean(correct))
+            return NAN;
+        sum += chance ? 1 / json_number_value(json_object_get(row, "n_candidates")) : json_is_true(correct);
+        n++;
+    }
+    return n > 0 ? sum / n : NAN;
+}
+
+/* Over dialogues: a run's recall, or with `minus` the difference of two runs, of dialogues where both are known. */
+static range recall_range(const judge *j, const char *run, const char *minus, double from, bool chance)
+{
+    const size_t n_parts = json_array_size(j->in->recall);
+    double *x = calloc(n_parts + 1, sizeof *x);
+    uint32_t n = 0;
+    for (size_t d = 0; x != NULL && d < n_parts && run != NULL; d++) {
+        const json_t *part = json_array_get(j->in->recall, d);
+        x[n] = recall_mean(part, run, from, chance) - (minus != NULL ? recall_mean(part, minus, from, chance) : 0);
+        n += isfinite(x[n]) ? 1u : 0u;
+    }
+    const range r = x != NULL ? mean_range(j, x, n) : undefined_range(0);
+    free(x);
+    return r;
+}
+
+typedef struct recall_half {
+    range difference;    /* gist only minus gist + recent */
+    double full;         /* the full cache's own accuracy on the same questions */
+    const char *leaning; /* NULL: not run */
+    const char *why;     /* of it not being run, or "" */
+} recall_half;
+
+static void recall_details(const judge *j, double from, json_t *details)
+{
+    static const char *const modes[] = {"rollback", "keep", "rerotate"};
+    for (int m = 0; m < 3; m++) {
+        const char *gist = find_run(j, "sliding_window_gist:", 0, modes[m]),
+                   *recent = find_run(j, "sliding_window_gist:", 1, modes[m]),
+                   *top = find_run(j, "attention_top", -1, modes[m]);
+        const struct {
+            const char *name, *run;
+        } runs[] = {{"gist only", gist}, {"gist + recent", recent}, {"attention_top", top}};
+        char name[96];
+        for (int i = 0; i < 3; i++) {
+            snprintf(name, sizeof name, "recall after the gist, %s, %s", runs[i].name, modes[m]);
+            if (runs[i].run != NULL)
+                json_array_append_new(details, detail(name, recall_range(j, runs[i].run, NULL, from, false)));
+        }
+        snprintf(name, sizeof name, "recall, gist only minus gist + recent, %s", modes[m]);
+        if (gist != NULL && recent != NULL)
+            json_array_append_new(details, detail(name, recall_range(j, gist, recent, from, false)));
+    }
+}
+
+/* Gist only holds a prefix, so its mode does not matter (C12); gist + recent is taken where its keys stand right, so
+ * that what is compared is what was kept. */
+static recall_half judge_recall(const judge *j, json_t *details)
+{
+    recall_half h = {undefined_range(0), NAN, NULL, "; recall NOT RUN: no dialogue with planted facts was played"};
+    const char *full = find_run(j, "baseline", -1, "keep"), *mode = "rerotate";
+    if (find_run(j, "sliding_window_gist:", 0, mode) == NULL || find_run(j, "sliding_window_gist:", 1, mode) == NULL)
+        mode = "rollback";
+    const char *gist = find_run(j, "sliding_window_gist:", 0, mode),
+               *recent = find_run(j, "sliding_window_gist:", 1, mode);
+    const char *size = gist != NULL ? strstr(gist, "gist=") : NULL;
+    if (json_array_size(j->in->recall) == 0)
+        return h;
+    h.why = "; recall NOT RUN: the grid lacks gist only or gist + recent";
+    if (size == NULL || recent == NULL || full == NULL)
+        return h;
+    const double from = strtod(size + 5, NULL);
+    const range accuracy = recall_range(j, full, NULL, from, false);
+    h.full = accuracy.estimate;
+    h.difference = recall_range(j, gist, recent, from, false);
+    json_array_append_new(details, detail("A_full: the full cache's own recall of the same questions (at least 0.7)",
+                                          accuracy));
+    json_array_append_new(details,
+                          detail("chance level of the forced choice", recall_range(j, full, NULL, from, true)));
+    recall_details(j, from, details);
+    h.why = "; recall NOT RUN: no question about a fact told after the gist has a result";
+    if (!isfinite(h.full) || !isfinite(h.difference.estimate))
+        return h;
+    h.why = "; recall NOT RUN: the full cache itself answers fewer than 70 % (A_full)";
+    if (h.full < RECALL_GUARD) {
+        h.difference = undefined_range(h.difference.n); /* it stays in the details */
+        return h;
+    }
+    h.why = "";
+    h.leaning = "inconclusive";
+    if (h.difference.hi <= -RECALL_MARGIN)
+        h.leaning = "supported";
+    else if (h.difference.lo > -RECALL_MARGIN)
+        h.leaning = "refuted";
+    return h;
+}
+
+/* Both halves of a conjunction; one that was not run leaves it open. */
+static const char *both_halves(const char *a, const char *b)
+{
+    if (a == NULL || b == NULL)
+        return NULL;
+    if (strcmp(a, "refuted") == 0 || strcmp(b, "refuted") == 0)
+        return "refuted";
+    return strcmp(a, "supported") == 0 && strcmp(b, "supported") == 0 ? "supported" : "inconclusive";
+}
+
 static void claim_c6(judge *j)
 {
     const char *top = find_run(j, "attention_top", -1, "rollback"),
@@ -375,15 +498,22 @@ static void claim_c6(judge *j)
     if (n > 0)
         kvs_mcnemar_test(only_top, only_gist, &test);
     const double rate = n > 0 ? ((double)all_top - all_gist) / n : NAN;
-    const char *leaning = n == 0 ? NULL : test.p < 0.05 ? (rate > 0 ? "supported" : "refuted") : "inconclusive";
-    const range r = {rate, NAN, NAN, n};
-    add_claim(j, "C6", "gist only stays coherent: fewer looping answers than attention_top under rollback",
-              n < KVS_CLAIMS_DIALOGUES_MIN && leaning != NULL ? "PRELIMINARY" : verdict_of(leaning, n), leaning, r, 0,
-              "difference of the looping rate (answers)",
-              json_pack("[o,o,o]", detail("looping rate, attention_top rollback", (range){(double)all_top / n, NAN, NAN, n}),
-                        detail("looping rate, gist only", (range){(double)all_gist / n, NAN, NAN, n}),
-                        detail("exact McNemar p", (range){test.p, NAN, NAN, n})),
-              "coherence only; whether gist is forgetful needs planted facts (kvasir eval of recall, a later issue)");
+    const char *loops = n == 0 ? NULL : test.p < 0.05 ? (rate > 0 ? "supported" : "refuted") : "inconclusive";
+    json_t *details = json_pack(
+        "[o,o,o,o]", detail("looping rate, attention_top rollback", (range){(double)all_top / n, NAN, NAN, n}),
+        detail("looping rate, gist only", (range){(double)all_gist / n, NAN, NAN, n}),
+        detail("looping rate, attention_top minus gist only", (range){rate, NAN, NAN, n}),
+        detail("exact McNemar p", (range){test.p, NAN, NAN, n}));
+    const recall_half recall = judge_recall(j, details);
+    const char *leaning = both_halves(loops, recall.leaning);
+    char meaning[320];
+    snprintf(meaning, sizeof meaning,
+             "coherent: it loops less than attention_top under rollback; forgetful: it recalls fewer facts told after "
+             "the gist than gist + recent; both are needed%s%s", n == 0 ? "; loops NOT RUN: no free-running answer" : "",
+             recall.why);
+    add_claim(j, "C6", "gist only is coherent but forgetful", verdict_of(leaning, recall.difference.n), leaning,
+              recall.difference, -RECALL_MARGIN, "difference of recall, gist only minus gist + recent", details,
+              meaning);
 }
 
 /* ---- deterministic claims ---- */

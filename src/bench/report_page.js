@@ -185,7 +185,8 @@ function claimCard(c) {
 }
 
 function claims() {
-  const list = D.claims.claims;
+  /* What ran stands first; the order is kept otherwise. */
+  const list = D.claims.claims.slice().sort((a, b) => (a.verdict === 'NOT RUN') - (b.verdict === 'NOT RUN'));
   card('claims', 'Verdicts', 'Thresholds were fixed before the runs. The bar is the 95 % interval, the dashed line the threshold it must clear.',
     list.length ? el('div', { class: 'claims' }, list.map(claimCard)) : el('p', { class: 'empty' }, 'No claim was tested.'));
 }

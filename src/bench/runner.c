@@ -314,10 +314,10 @@ static kvs_status play_recall(bench *b, uint32_t i, json_t **part, kvs_error *er
     return status;
 }
 
-static kvs_status play_recalls(bench *b, bool *complete, kvs_error *err)
+/* stopped: KVS_OK, or that a stop was asked for: then it only loads what is there. */
+static kvs_status play_recalls(bench *b, kvs_status stopped, bool *complete, kvs_error *err)
 {
     const kvs_bench_options *o = b->opt;
-    kvs_status stopped = KVS_OK;
     for (uint32_t i = 0; i < b->scaled.n_recall; i++) {
         json_t *part = o->resume || o->shard_count > 1 ? load_part(b, 'r', i) : NULL;
         const json_t *n_questions = json_object_get(json_object_get(part, "dialogue"), "n_questions");
@@ -486,10 +486,8 @@ static kvs_status run_bench(bench *b, kvs_error *err)
     make_key(b);
     bool complete;
     kvs_status played = play_dialogues(b, &complete, err);
-    if (played == KVS_OK)
-        played = play_recalls(b, &complete, err);
-    else
-        complete = false;
+    if (played == KVS_OK || played == KVS_ECANCELLED)
+        played = play_recalls(b, played, &complete, err);
     if (played != KVS_OK && played != KVS_ECANCELLED)
         return played;
     if (json_array_size(b->parts) == 0)
