@@ -204,7 +204,8 @@ KVS_API kvs_status kvs_session_turn_begin(kvs_session *s, kvs_error *err);
 KVS_API kvs_status kvs_session_turn_end(kvs_session *s, kvs_error *err);
 
 /* Drops the newest slots so that tokens [0, n_tokens) remain said (those of them not evicted remain held). EINVAL if
- * n_tokens is over the session's count or older than its last eviction; the session is then unchanged. */
+ * n_tokens is over the session's count or older than its last eviction; the session is then unchanged. Attention mass
+ * that the dropped rows gave to earlier slots stays counted: policies that sum it may choose otherwise afterwards. */
 KVS_API kvs_status kvs_session_truncate(kvs_session *s, uint64_t n_tokens, kvs_error *err);
 /* A copy that shares pages until either writes; opt may change policy, position, budget and seed (NULL: the same).
  * kv_type and arith must be equal. */

@@ -1,5 +1,5 @@
 /* Kvasir in another program: a conversation inside a hard cap of 512 cached tokens, each argument one turn of it.
- *   cc embed.c $(pkg-config --cflags --libs kvasir) && ./a.out model.gguf "Name three rivers." "Which is the longest?" */
+ *   cc embed.c $(pkg-config --cflags --libs kvasir) && ./a.out model.gguf "Name three rivers." "And two lakes?" */
 #include <kvasir.h>
 #include <stdio.h>
 

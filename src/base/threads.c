@@ -48,7 +48,7 @@ static inline void cpu_relax(void)
 static void pin_to_core(const cpu_set_t *cores, uint32_t index)
 {
     cpu_set_t one;
-    for (int cpu = 0; cpu < CPU_SETSIZE; cpu++)
+    for (uint32_t cpu = 0; cpu < CPU_SETSIZE; cpu++)
         if (CPU_ISSET(cpu, cores) && index-- == 0) {
             CPU_ZERO(&one);
             CPU_SET(cpu, &one);

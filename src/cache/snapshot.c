@@ -158,7 +158,15 @@ static uint64_t n_exclusive(const kvs_cache *c)
 }
 
 /* Walks the whole of buf without changing anything: shape, counts, order, length. */
-static kvs_status check_snapshot(const kvs_cache *c, reader r, kvs_error *err)
+/* In every mode a key stands, and was written, at or below its true position. */
+static bool slot_is_possible(reader slot, const kvs_snapshot_limits *l)
+{
+    const int32_t pos = (int32_t)get_u32(&slot), rope = (int32_t)get_u32(&slot), rot = (int32_t)get_u32(&slot);
+    const uint32_t token = get_u32(&slot) & 0xffffffu;
+    return pos < l->pos_end && rope >= 0 && rope <= pos && rot >= 0 && rot <= pos && token < l->vocab_size;
+}
+
+static kvs_status check_snapshot(const kvs_cache *c, reader r, const kvs_snapshot_limits *limits, kvs_error *err)
 {
     const kvs_cache_config *g = &c->config;
     if (!has(&r, HEADER_BYTES))
@@ -177,7 +185,14 @@ static kvs_status check_snapshot(const kvs_cache *c, reader r, kvs_error *err)
         if (!has(&r, HEAD_BYTES))
             return kvs_error_set(err, KVS_EFORMAT, "cache snapshot ends in head %u of %u", h, c->n_heads);
         const uint32_t n = get_u32(&r);
-        r.at += HEAD_BYTES - 4;
+        const int32_t next_rope = (int32_t)get_u32(&r);
+        r.at += HEAD_BYTES - 8;
+        if (limits != NULL && n > limits->slots_max)
+            return kvs_error_set(err, KVS_EBUDGET, "cache snapshot holds %u slots in a head, this session %u at most", n,
+                                 limits->slots_max);
+        if (limits != NULL && (next_rope < 0 || next_rope > limits->pos_end))
+            return kvs_error_set(err, KVS_EFORMAT, "cache snapshot is damaged: the next position of head %u is %d", h,
+                                 next_rope);
         if (n > c->slot_cap)
             return kvs_error_set(err, KVS_EBUDGET, "cache snapshot holds %u slots in a head, the budget %u", n,
                                  c->slot_cap);
@@ -190,6 +205,10 @@ static kvs_status check_snapshot(const kvs_cache *c, reader r, kvs_error *err)
             if (pos <= last)
                 return kvs_error_set(err, KVS_EFORMAT, "cache snapshot: pos %d follows %d in head %u", pos, last, h);
             last = pos;
+            slot.at -= 4;
+            if (limits != NULL && !slot_is_possible(slot, limits))
+                return kvs_error_set(err, KVS_EFORMAT, "cache snapshot is damaged: slot %u of head %u holds a token or a "
+                                     "position that cannot be", i, h);
         }
         r.at += n * slot_bytes(c);
         pages += ((uint64_t)n + KVS_PAGE_SLOTS - 1) / KVS_PAGE_SLOTS;
@@ -234,10 +253,11 @@ static void read_head(kvs_cache *c, kvs_head *h, reader *r)
     }
 }
 
-kvs_status kvs_cache_snapshot_read(kvs_cache *c, const uint8_t *buf, size_t n_bytes, kvs_error *err)
+kvs_status kvs_cache_snapshot_read(kvs_cache *c, const uint8_t *buf, size_t n_bytes, const kvs_snapshot_limits *limits,
+                                   kvs_error *err)
 {
     reader r = {buf, buf + n_bytes};
-    KVS_TRY(check_snapshot(c, r, err));
+    KVS_TRY(check_snapshot(c, r, limits, err));
     kvs_cache_clear(c);
     r.at += 4 * 7;
     kvs_cache_meter *m = &c->meter;

@@ -147,7 +147,7 @@ static kvs_status read_heads(const kvs_arch *arch, const kvs_gguf *g, kvs_hparam
     hp->head_dim = hp->n_embd / hp->n_heads;
     const uint32_t from_embd = hp->head_dim;
     hp->head_dim += hp->head_dim == 0; /* so that an absent key passes the range and the check below speaks */
-    KVS_TRY(read_u32(arch, g, "attention.key_length", 1 << 14, &found, &hp->head_dim, err));
+    KVS_TRY(read_u32(arch, g, "attention.key_length", 512, &found, &hp->head_dim, err));
     if (!found && (from_embd == 0 || hp->n_embd % hp->n_heads != 0))
         return kvs_error_set(
             err, KVS_EFORMAT,

@@ -161,7 +161,9 @@ static kvs_status select_heads(kvs_session *s, uint32_t begin, uint32_t end, uin
     const uint64_t t0 = kvs_now_ns();
     const kvs_policy_view v = score_heads(s, begin, end);
     const uint64_t t1 = kvs_now_ns();
-    const uint32_t target = keep_override != 0 ? keep_override : kvs_policy_target(&s->policy, &v, kvs_keep_default(s));
+    const uint32_t target = keep_override != 0
+                                ? kvs_max_u32(keep_override, kvs_protected_count(&s->policy.protect, &v))
+                                : kvs_policy_target(&s->policy, &v, kvs_keep_default(s));
     uint8_t *keep = e->keep + (size_t)begin * e->n_slots;
     KVS_TRY(kvs_select(&s->policy.protect, &v, e->scores, target, keep, e->select, err));
     for (uint32_t h = begin + 1; h < end; h++)

@@ -66,47 +66,6 @@ static kvs_status check_words(const kvs_session *s, const uint64_t *words, size_
     return KVS_OK;
 }
 
-/* A fork onto a smaller budget may have saved more slots a head than this session was sized for. */
-static kvs_status fit_scratch(kvs_session *s, kvs_error *err)
-{
-    if (kvs_cache_live_max(s->cache) <= s->scratch.n_slots)
-        return KVS_OK;
-    kvs_evict_scratch old = s->scratch;
-    memset(&s->scratch, 0, sizeof s->scratch);
-    const kvs_status status = kvs_evict_scratch_create(s, err);
-    if (status != KVS_OK) {
-        s->scratch = old;
-        return status;
-    }
-    kvs_evict_scratch grown = s->scratch;
-    s->scratch = old;
-    kvs_evict_scratch_free(s);
-    s->scratch = grown;
-    return KVS_OK;
-}
-
-/* What the cache cannot know: tokens are in the vocabulary, nothing stands beyond what was said. In every mode a key
- * stands at or below its true position. */
-static kvs_status check_slots(const kvs_session *s, uint64_t n_tokens, kvs_error *err)
-{
-    const kvs_evict_scratch *e = &s->scratch;
-    const kvs_model_info *info = &s->model->info;
-    const kvs_head_slots slots = {.pos = e->pos, .rope_pos = e->rope_pos, .key_rot = e->kept_rope, .token = e->token};
-    for (uint32_t h = 0; h < info->n_layers * info->n_kv_heads; h++) {
-        const uint32_t layer = h / info->n_kv_heads, head = h % info->n_kv_heads;
-        const uint32_t n = kvs_cache_read_head(s->cache, layer, head, &slots);
-        bool ok = kvs_cache_next_rope(s->cache, layer, head) >= 0 &&
-                  (uint64_t)kvs_cache_next_rope(s->cache, layer, head) <= n_tokens;
-        for (uint32_t i = 0; i < n && ok; i++)
-            ok = (uint64_t)e->pos[i] < n_tokens && (uint32_t)e->token[i] < info->vocab_size && e->rope_pos[i] >= 0 &&
-                 e->rope_pos[i] <= e->pos[i] && e->kept_rope[i] >= 0 && e->kept_rope[i] <= e->pos[i];
-        if (!ok)
-            return kvs_error_set(err, KVS_EFORMAT, "saved session is damaged: layer %u, KV head %u holds a token or a "
-                                 "position that cannot be; the session is now empty", layer, head);
-    }
-    return KVS_OK;
-}
-
 kvs_status kvs_session_load(kvs_session *s, const void *buf, size_t size_bytes, kvs_error *err)
 {
     uint64_t words[FIXED_WORDS] = {0};
@@ -128,19 +87,11 @@ kvs_status kvs_session_load(kvs_session *s, const void *buf, size_t size_bytes, 
     uint8_t *log = kvs_alloc(s->allocator, n_tokens == 0 ? 1 : n_tokens, 1);
     if (log == NULL)
         return kvs_error_set(err, KVS_ENOMEM, "no memory for the log of %zu tokens", n_tokens);
-    kvs_status status = kvs_cache_snapshot_read(s->cache, at + n_tokens, (size_t)words[FIXED_WORDS - 1], err);
+    const kvs_snapshot_limits limits = {(int32_t)n_tokens, s->model->info.vocab_size, s->scratch.n_slots};
+    const kvs_status status =
+        kvs_cache_snapshot_read(s->cache, at + n_tokens, (size_t)words[FIXED_WORDS - 1], &limits, err);
     if (status != KVS_OK) {
         kvs_free(s->allocator, log);
-        return status;
-    }
-    status = fit_scratch(s, err);
-    if (status == KVS_OK)
-        status = check_slots(s, words[5], err);
-    if (status != KVS_OK) {
-        kvs_free(s->allocator, log);
-        kvs_cache_clear(s->cache);
-        s->n_tokens = s->n_tokens_evicted_at = 0;
-        s->uniform = s->layer_uniform = true;
         return status;
     }
     memcpy(log, at, n_tokens);

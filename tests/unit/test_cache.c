@@ -340,11 +340,11 @@ static void op_snapshot(naive *n)
     if (kvs_rng_below(n->rng, 2) == 0) {
         kvs_cache *fresh;
         CHECK(n, kvs_cache_create(&n->config, &fresh, NULL) == KVS_OK);
-        CHECK(n, kvs_cache_snapshot_read(fresh, bytes, size, NULL) == KVS_OK);
+        CHECK(n, kvs_cache_snapshot_read(fresh, bytes, size, NULL, NULL) == KVS_OK);
         kvs_cache_free(&n->cache);
         n->cache = fresh;
     } else {
-        CHECK(n, kvs_cache_snapshot_read(n->cache, bytes, size, NULL) == KVS_OK);
+        CHECK(n, kvs_cache_snapshot_read(n->cache, bytes, size, NULL, NULL) == KVS_OK);
     }
     CHECK(n, kvs_cache_snapshot_bytes(n->cache) == size);
     kvs_cache_snapshot_write(n->cache, again);
@@ -823,7 +823,7 @@ static void a_damaged_snapshot_changes_nothing(void **state)
         uint8_t *exact = malloc(cut ? cut : 1); /* so that a sanitizer sees a read past the end */
         assert_non_null(exact);
         memcpy(exact, bytes, cut);
-        assert_int_equal(kvs_cache_snapshot_read(other->cache, exact, cut, NULL), KVS_EFORMAT);
+        assert_int_equal(kvs_cache_snapshot_read(other->cache, exact, cut, NULL, NULL), KVS_EFORMAT);
         free(exact);
         assert_true(same_as(other->cache, other_bytes, other_size));
     }
@@ -834,7 +834,7 @@ static void a_damaged_snapshot_changes_nothing(void **state)
         memcpy(bad, bytes, size);
         bad[kvs_rng_below(&rng, (uint32_t)(round % 2 ? 120 : size))] ^= (uint8_t)(1u << kvs_rng_below(&rng, 8));
         kvs_error err = {0};
-        const kvs_status status = kvs_cache_snapshot_read(other->cache, bad, size + (round % 16 == 0), &err);
+        const kvs_status status = kvs_cache_snapshot_read(other->cache, bad, size + (round % 16 == 0), NULL, &err);
         assert_true(status == KVS_OK || ((status == KVS_EFORMAT || status == KVS_EBUDGET) && err.message[0]));
         assert_true(status != KVS_OK || round % 16 != 0);
         if (status != KVS_OK) {
@@ -844,7 +844,7 @@ static void a_damaged_snapshot_changes_nothing(void **state)
             kvs_cache_meter m;
             kvs_cache_get_meter(other->cache, &m);
             assert_true(m.reserved_bytes + m.side_bytes <= m.budget_bytes && m.kv_bytes_peak <= m.budget_bytes);
-            assert_int_equal(kvs_cache_snapshot_read(other->cache, other_bytes, other_size, NULL), KVS_OK);
+            assert_int_equal(kvs_cache_snapshot_read(other->cache, other_bytes, other_size, NULL, NULL), KVS_OK);
         }
         free(bad);
     }
@@ -867,13 +867,13 @@ static void a_snapshot_over_the_budget_is_refused(void **state)
     small.budget_tokens = 189;
     naive *other = naive_create(&small, &rng, 11);
     kvs_error err;
-    assert_int_equal(kvs_cache_snapshot_read(other->cache, bytes, size, &err), KVS_EBUDGET);
+    assert_int_equal(kvs_cache_snapshot_read(other->cache, bytes, size, NULL, &err), KVS_EBUDGET);
     assert_non_null(strstr(err.message, "189"));
     naive_free(other);
     small.budget_tokens = 0;
     small.budget_bytes = kvs_cache_bytes_for_tokens(&small, 128);
     other = naive_create(&small, &rng, 11);
-    assert_int_equal(kvs_cache_snapshot_read(other->cache, bytes, size, &err), KVS_EBUDGET);
+    assert_int_equal(kvs_cache_snapshot_read(other->cache, bytes, size, NULL, &err), KVS_EBUDGET);
     compare(other);
     naive_free(other);
     free(bytes);
