@@ -28,9 +28,9 @@
 extern "C" {
 #endif
 
-#define KVS_VERSION_MAJOR 0
-#define KVS_VERSION_MINOR 1
-#define KVS_VERSION_PATCH 0
+#define KVS_VERSION_MAJOR  0
+#define KVS_VERSION_MINOR  1
+#define KVS_VERSION_PATCH  0
 #define KVS_VERSION_STRING "0.1.0"
 
 #if defined(__GNUC__)
@@ -85,8 +85,8 @@ typedef enum kvs_arith {
 } kvs_arith;
 
 typedef struct kvs_model_options {
-    uint32_t n_threads; /* 0: one per core this process may use */
-    uint32_t cpu_mask;  /* KVS_CPU_* bits that may be used; 0: all the machine has */
+    uint32_t n_threads;  /* 0: one per core this process may use */
+    uint32_t cpu_mask;   /* KVS_CPU_* bits that may be used; 0: all the machine has */
     bool rope_like_ggml; /* angles by ggml's f32 recurrence instead of double precision: only to compare logits */
     bool vocab_only;     /* tokenizer and metadata only; sessions cannot be created */
     const kvs_allocator *allocator; /* NULL: aligned malloc */
@@ -221,7 +221,7 @@ KVS_API kvs_status kvs_session_load(kvs_session *s, const void *buf, size_t size
 KVS_API uint64_t kvs_session_n_tokens(const kvs_session *s); /* tokens said so far: the next token_idx */
 
 typedef struct kvs_usage {
-    uint64_t budget_bytes, budget_tokens; /* the hard cap, in both units (tokens: per head) */
+    uint64_t budget_bytes, budget_tokens;         /* the hard cap, in both units (tokens: per head) */
     uint64_t live_bytes, live_bytes_peak;         /* K and V of occupied slots */
     uint64_t reserved_bytes, reserved_bytes_peak; /* pages held, page tables and rounding included */
     uint64_t side_bytes, side_bytes_peak;         /* pos, rope_pos, accumulators: inside the budget too */
@@ -230,7 +230,7 @@ typedef struct kvs_usage {
     uint64_t shared_bytes;                        /* part of reserved that a fork shares */
     uint32_t n_slots_max, n_slots_min;            /* live slots of the fullest and the emptiest head */
     double n_slots_mean;
-    uint64_t n_evictions, n_slots_evicted; /* events; slots over all heads */
+    uint64_t n_evictions, n_slots_evicted;           /* events; slots over all heads */
     uint64_t evict_ns, score_ns, select_ns, move_ns; /* time of eviction in all and its parts */
     double footprint; /* sum over tokens of live slots, as a share of the full cache's (arXiv 2506.17121) */
 } kvs_usage;
@@ -238,11 +238,12 @@ KVS_API void kvs_session_get_usage(const kvs_session *s, kvs_usage *usage);
 
 /* Position indices of the state the next query will meet (docs/metrics.md): means over (layer, KV head). */
 typedef struct kvs_positions {
-    double ldd, rddi, future, out_of_window, collision, order, backward, gap, seam, adjacency, prefix, template_integrity;
+    double ldd, rddi, future, out_of_window, collision, order, backward, gap, seam, adjacency, prefix,
+        template_integrity;
     double future_max, collision_max, order_max; /* worst head */
-    double sinks_lost;   /* 1 if none of the first four tokens is held */
-    double recent_lost;  /* 1 - share of the last 64 tokens held */
-    double mass_lost;    /* EMA of the attention mass evicted; -1 when the kernels recorded none */
+    double sinks_lost;                           /* 1 if none of the first four tokens is held */
+    double recent_lost;                          /* 1 - share of the last 64 tokens held */
+    double mass_lost; /* EMA of the attention mass evicted; -1 when the kernels recorded none */
 } kvs_positions;
 KVS_API void kvs_session_get_positions(const kvs_session *s, kvs_positions *p);
 
@@ -269,9 +270,9 @@ KVS_API uint32_t kvs_session_keep_set(const kvs_session *s, uint32_t layer, uint
 
 /* One eviction, told while it happens. */
 typedef struct kvs_event {
-    uint64_t token_idx, index; /* tokens said; how many events came before */
-    const char *path;          /* "pre_turn", "in_prefill", "decode", "turn_end", "manual" */
-    const char *reason;        /* the schedule's trigger, or "budget" */
+    uint64_t token_idx, index;  /* tokens said; how many events came before */
+    const char *path;           /* "pre_turn", "in_prefill", "decode", "turn_end", "manual" */
+    const char *reason;         /* the schedule's trigger, or "budget" */
     uint32_t n_before, n_after; /* slots of the fullest head */
     uint64_t evict_ns, score_ns, select_ns, move_ns;
 } kvs_event;
@@ -285,9 +286,9 @@ KVS_API const char *kvs_position_name(kvs_position_mode mode);
 /* ---- generation and chat ---------------------------------------------------------------------------------------- */
 
 typedef struct kvs_sampling {
-    float temperature; /* 0: greedy */
-    uint32_t top_k;    /* 0: off */
-    float top_p, min_p; /* 1 and 0: off */
+    float temperature;    /* 0: greedy */
+    uint32_t top_k;       /* 0: off */
+    float top_p, min_p;   /* 1 and 0: off */
     float repeat_penalty; /* 1: off */
     uint32_t repeat_last_tokens;
     uint64_t seed; /* the draw for a token depends on (seed, token_idx) only */

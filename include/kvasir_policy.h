@@ -35,7 +35,7 @@ typedef enum kvs_policy_scope {
 /* One (layer, KV head), read-only. Arrays [n_slots], ascending pos. */
 typedef struct kvs_policy_view {
     uint32_t layer, kv_head, n_layers, n_kv_heads;
-    uint32_t group;   /* query heads that share this KV head */
+    uint32_t group; /* query heads that share this KV head */
     uint32_t n_slots;
     int64_t n_tokens; /* said so far; every pos is below it */
     const int32_t *pos, *rope_pos;
@@ -55,8 +55,8 @@ typedef struct kvs_policy_ops {
     const char *position;  /* default position mode */
     kvs_policy_scope scope;
     uint32_t needs;
-    bool never_evicts;     /* the baseline: what does not fit is an error */
-    const char *keep;      /* default keep, "0.99" or "766tok"; NULL: the budget less one chunk */
+    bool never_evicts;            /* the baseline: what does not fit is an error */
+    const char *keep;             /* default keep, "0.99" or "766tok"; NULL: the budget less one chunk */
     const kvs_param_info *params; /* [n_params]; values reach the functions in this order */
     uint32_t n_params;
     /* Higher stays. scores [n_slots] f32; NaN counts as lowest. Pure: the same view gives the same scores. */

@@ -12,8 +12,7 @@
 /* ---- errors ---- */
 
 /* Fills err (may be NULL) and returns status, so that `return kvs_error_set(...)` reads as one thought. */
-kvs_status kvs_error_set(kvs_error *err, kvs_status status, const char *fmt, ...)
-    __attribute__((format(printf, 3, 4)));
+kvs_status kvs_error_set(kvs_error *err, kvs_status status, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
 
 #define KVS_TRY(expr)                                                                                                  \
     do {                                                                                                               \
@@ -34,9 +33,18 @@ const kvs_allocator *kvs_allocator_default(void);
 void *kvs_alloc(const kvs_allocator *a, size_t n, size_t size_bytes);
 void kvs_free(const kvs_allocator *a, void *ptr);
 bool kvs_mul_size(size_t a, size_t b, size_t *out);
-static inline size_t kvs_round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
-static inline uint32_t kvs_min_u32(uint32_t a, uint32_t b) { return a < b ? a : b; }
-static inline uint32_t kvs_max_u32(uint32_t a, uint32_t b) { return a > b ? a : b; }
+static inline size_t kvs_round_up(size_t n, size_t to)
+{
+    return (n + to - 1) / to * to;
+}
+static inline uint32_t kvs_min_u32(uint32_t a, uint32_t b)
+{
+    return a < b ? a : b;
+}
+static inline uint32_t kvs_max_u32(uint32_t a, uint32_t b)
+{
+    return a > b ? a : b;
+}
 
 /* ---- threads ---- */
 
@@ -73,8 +81,8 @@ typedef struct kvs_rng {
     uint64_t state;
 } kvs_rng;
 uint64_t kvs_rng_next(kvs_rng *rng);
-double kvs_rng_double(kvs_rng *rng);                    /* [0, 1) with 53 bits */
-uint32_t kvs_rng_below(kvs_rng *rng, uint32_t n);       /* [0, n), unbiased; n > 0 */
+double kvs_rng_double(kvs_rng *rng);              /* [0, 1) with 53 bits */
+uint32_t kvs_rng_below(kvs_rng *rng, uint32_t n); /* [0, n), unbiased; n > 0 */
 /* A draw that depends only on its arguments: (seed, a, b) -> 64 bits. */
 uint64_t kvs_hash3(uint64_t seed, uint64_t a, uint64_t b);
 

@@ -13,7 +13,7 @@ enum { SPINS_BEFORE_SLEEP = 4000 };
 struct kvs_pool {
     const kvs_allocator *allocator;
     uint32_t n_threads;
-    pthread_t *threads; /* [n_threads - 1] */
+    pthread_t *threads;       /* [n_threads - 1] */
     pthread_mutex_t run_lock; /* one kvs_pool_run at a time */
     pthread_mutex_t sleep_lock;
     pthread_cond_t wake;
@@ -29,7 +29,7 @@ struct kvs_pool {
     struct worker_arg {
         struct kvs_pool *pool;
         uint32_t thread;
-    } *args; /* [n_threads - 1] */
+    } * args; /* [n_threads - 1] */
 };
 
 static inline void cpu_relax(void)

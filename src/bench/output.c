@@ -66,7 +66,7 @@ static kvs_status finish(target *t, bool ok, kvs_error *err)
 
 kvs_status kvs_output_json(const char *dir, const char *name, const json_t *value, kvs_error *err)
 {
-    target t;
+    target t = {0};
     KVS_TRY(begin(&t, dir, name, err));
     errno = 0;
     const size_t flags = strncmp(name, "parts/", 6) == 0 ? JSON_FLAGS : JSON_INDENT(1) | JSON_REAL_PRECISION(15);
@@ -76,7 +76,7 @@ kvs_status kvs_output_json(const char *dir, const char *name, const json_t *valu
 
 kvs_status kvs_output_lines(const char *dir, const char *name, const json_t *parts, const char *key, kvs_error *err)
 {
-    target t;
+    target t = {0};
     KVS_TRY(begin(&t, dir, name, err));
     errno = 0;
     bool ok = true;
@@ -119,7 +119,7 @@ kvs_status kvs_output_summary(const char *dir, const json_t *parts, kvs_error *e
         "budget_bytes", "evictions", "health_mean", "looped_rate", "ttft_ms_median", "tpot_ms_median",
         "prefill_tok_per_s", "decode_tok_per_s", "evict_ms_total", "peak_rss_bytes"};
     const size_t n = sizeof columns / sizeof *columns;
-    target t;
+    target t = {0};
     KVS_TRY(begin(&t, dir, "summary.csv", err));
     errno = 0;
     bool ok = true;

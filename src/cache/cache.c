@@ -100,8 +100,8 @@ static kvs_status page_limit_of(const kvs_cache_config *config, uint32_t *out, k
                              (unsigned long long)config->budget_bytes, KVS_PAGE_SLOTS, (unsigned long long)n_heads,
                              (unsigned long long)kvs_cache_bytes_for_tokens(config, 1));
     if (pages >= KVS_NO_PAGE)
-        return kvs_error_set(err, KVS_EINVAL, "budget of %llu pages is over the largest, %u",
-                             (unsigned long long)pages, KVS_NO_PAGE - 1);
+        return kvs_error_set(err, KVS_EINVAL, "budget of %llu pages is over the largest, %u", (unsigned long long)pages,
+                             KVS_NO_PAGE - 1);
     *out = (uint32_t)pages;
     return KVS_OK;
 }
@@ -394,8 +394,7 @@ void kvs_cache_views(const kvs_cache *c, uint32_t layer, uint32_t head, kvs_page
     }
 }
 
-void kvs_cache_locate(kvs_cache *c, uint32_t layer, uint32_t head, uint32_t slot, void **k, void **v,
-                      uint32_t *in_page)
+void kvs_cache_locate(kvs_cache *c, uint32_t layer, uint32_t head, uint32_t slot, void **k, void **v, uint32_t *in_page)
 {
     const kvs_head *h = kvs_cache_head(c, layer, head);
     const uint32_t page = slot / KVS_PAGE_SLOTS;
@@ -448,8 +447,8 @@ void kvs_cache_read_slot(const kvs_cache *c, uint32_t layer, uint32_t head, uint
         }
         while (i-- > 0)
             bits &= bits - 1;
-        kvs_page_read(kvs_page_keys(c, &c->pages[e]), kvs_page_values(c, &c->pages[e]),
-                      (uint32_t)__builtin_ctzll(bits), key, value, c->config.head_dim, c->config.kv_f32);
+        kvs_page_read(kvs_page_keys(c, &c->pages[e]), kvs_page_values(c, &c->pages[e]), (uint32_t)__builtin_ctzll(bits),
+                      key, value, c->config.head_dim, c->config.kv_f32);
         return;
     }
 }
@@ -552,8 +551,7 @@ void kvs_cache_truncate(kvs_cache *c, int32_t pos_end)
         drop_dead_pages(c, h);
         /* Slots behind the last live one are free again. */
         if (h->last != KVS_NO_PAGE)
-            h->n_physical = (h->n_pages - 1) * KVS_PAGE_SLOTS + 64 -
-                            (uint32_t)__builtin_clzll(c->pages[h->last].live);
+            h->n_physical = (h->n_pages - 1) * KVS_PAGE_SLOTS + 64 - (uint32_t)__builtin_clzll(c->pages[h->last].live);
     }
     kvs_cache_meter_update(c);
 }
@@ -586,9 +584,8 @@ void kvs_cache_meter_update(kvs_cache *c)
 {
     kvs_cache_meter *m = &c->meter;
     const uint64_t page_bytes = c->block_bytes + c->page_side_bytes;
-    m->budget_bytes = c->config.budget_bytes != 0
-                          ? c->config.budget_bytes
-                          : fixed_bytes_of(&c->config) + (uint64_t)c->page_limit * page_bytes;
+    m->budget_bytes = c->config.budget_bytes != 0 ? c->config.budget_bytes
+                                                  : fixed_bytes_of(&c->config) + (uint64_t)c->page_limit * page_bytes;
     m->budget_tokens = c->config.budget_tokens != 0 ? c->config.budget_tokens
                                                     : kvs_cache_tokens_for_bytes(&c->config, c->config.budget_bytes);
     m->live_bytes = c->n_live_total * 2 * c->config.head_dim * (c->config.kv_f32 ? 4 : 2);

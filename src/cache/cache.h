@@ -110,9 +110,9 @@ size_t kvs_cache_snapshot_bytes(const kvs_cache *c);
 void kvs_cache_snapshot_write(const kvs_cache *c, uint8_t *buf);
 /* EFORMAT: buf does not describe a cache of this shape; EBUDGET: it does not fit. Unchanged on error. */
 typedef struct kvs_snapshot_limits { /* what the cache cannot know; NULL: not checked */
-    int32_t pos_end;      /* every pos, rope_pos and key_rot is below it, the next key stands at it or before */
-    uint32_t vocab_size;  /* every token is below it */
-    uint32_t slots_max;   /* of one head */
+    int32_t pos_end;     /* every pos, rope_pos and key_rot is below it, the next key stands at it or before */
+    uint32_t vocab_size; /* every token is below it */
+    uint32_t slots_max;  /* of one head */
 } kvs_snapshot_limits;
 kvs_status kvs_cache_snapshot_read(kvs_cache *c, const uint8_t *buf, size_t n_bytes, const kvs_snapshot_limits *limits,
                                    kvs_error *err);

@@ -59,31 +59,31 @@ typedef struct kvs_page {
 } kvs_page;
 
 typedef struct kvs_head {
-    uint32_t first, last;      /* page chain; KVS_NO_PAGE when empty */
+    uint32_t first, last; /* page chain; KVS_NO_PAGE when empty */
     uint32_t n_pages, n_live;
-    uint32_t n_physical;       /* slots in use, dead ones included */
+    uint32_t n_physical; /* slots in use, dead ones included */
     int32_t next_rope, last_rope;
-    uint64_t backward;         /* bit i: the i-th newest append did not step forward */
+    uint64_t backward; /* bit i: the i-th newest append did not step forward */
 } kvs_head;
 
 struct kvs_cache {
     kvs_cache_config config;
     const kvs_allocator *allocator;
-    uint32_t n_heads;        /* n_layers * n_kv_heads */
+    uint32_t n_heads; /* n_layers * n_kv_heads */
     size_t block_bytes, value_offset_bytes, page_side_bytes;
-    uint32_t page_limit;     /* pages the budget allows */
-    uint32_t slot_cap;       /* live slots per head when the budget was given in tokens, else UINT32_MAX */
-    uint32_t n_entries;      /* length of pages[]: page_limit, or what a fork took over */
+    uint32_t page_limit; /* pages the budget allows */
+    uint32_t slot_cap;   /* live slots per head when the budget was given in tokens, else UINT32_MAX */
+    uint32_t n_entries;  /* length of pages[]: page_limit, or what a fork took over */
     uint32_t n_held;
-    kvs_page *pages;         /* [n_entries] */
-    kvs_page_meta *meta;     /* [n_entries] */
+    kvs_page *pages;             /* [n_entries] */
+    kvs_page_meta *meta;         /* [n_entries] */
     float *side[KVS_SIDE_COUNT]; /* [n_entries][64] each, or NULL */
     uint32_t *free_entries;
     uint32_t n_free_entries;
-    kvs_head *heads;         /* [n_layers][n_kv_heads] */
-    kvs_block_store *store;  /* shared with forks */
-    kvs_block_pool *pool;    /* own */
-    bool over_taken;         /* a fork that took over more than its own budget and has yet to evict */
+    kvs_head *heads;        /* [n_layers][n_kv_heads] */
+    kvs_block_store *store; /* shared with forks */
+    kvs_block_pool *pool;   /* own */
+    bool over_taken;        /* a fork that took over more than its own budget and has yet to evict */
     uint64_t n_live_total;
     kvs_cache_meter meter;
 };
@@ -102,10 +102,10 @@ static inline uint8_t *kvs_page_values(const kvs_cache *c, const kvs_page *p)
 }
 
 /* pages.c */
-uint32_t kvs_cache_entry_take(kvs_cache *c);                /* entry with a fresh block, or KVS_NO_PAGE */
+uint32_t kvs_cache_entry_take(kvs_cache *c); /* entry with a fresh block, or KVS_NO_PAGE */
 void kvs_cache_entry_drop(kvs_cache *c, uint32_t entry);
 void kvs_cache_chain_push(kvs_cache *c, kvs_head *h, uint32_t entry);
-bool kvs_cache_entry_own(kvs_cache *c, uint32_t entry);     /* copies a shared block so that it may be written */
+bool kvs_cache_entry_own(kvs_cache *c, uint32_t entry); /* copies a shared block so that it may be written */
 uint32_t kvs_head_compact(kvs_cache *c, kvs_head *h);
 void kvs_cache_meter_update(kvs_cache *c);
 

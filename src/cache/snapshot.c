@@ -139,8 +139,8 @@ void kvs_cache_snapshot_write(const kvs_cache *c, uint8_t *buf)
     for (size_t i = 0; i < sizeof shape / sizeof *shape; i++)
         put_u32(&w, shape[i]);
     const kvs_cache_meter *m = &c->meter;
-    const uint64_t counters[] = {m->live_bytes_peak,   m->reserved_bytes_peak, m->side_bytes_peak, m->kv_bytes_peak,
-                                 m->footprint_slots,   m->n_compactions,       m->n_slots_moved,   m->n_pages_copied};
+    const uint64_t counters[] = {m->live_bytes_peak, m->reserved_bytes_peak, m->side_bytes_peak, m->kv_bytes_peak,
+                                 m->footprint_slots, m->n_compactions,       m->n_slots_moved,   m->n_pages_copied};
     for (size_t i = 0; i < sizeof counters / sizeof *counters; i++)
         put_u64(&w, counters[i]);
     for (uint32_t h = 0; h < c->n_heads; h++)
@@ -188,8 +188,8 @@ static kvs_status check_snapshot(const kvs_cache *c, reader r, const kvs_snapsho
         const int32_t next_rope = (int32_t)get_u32(&r);
         r.at += HEAD_BYTES - 8;
         if (limits != NULL && n > limits->slots_max)
-            return kvs_error_set(err, KVS_EBUDGET, "cache snapshot holds %u slots in a head, this session %u at most", n,
-                                 limits->slots_max);
+            return kvs_error_set(err, KVS_EBUDGET, "cache snapshot holds %u slots in a head, this session %u at most",
+                                 n, limits->slots_max);
         if (limits != NULL && (next_rope < 0 || next_rope > limits->pos_end))
             return kvs_error_set(err, KVS_EFORMAT, "cache snapshot is damaged: the next position of head %u is %d", h,
                                  next_rope);
@@ -207,8 +207,10 @@ static kvs_status check_snapshot(const kvs_cache *c, reader r, const kvs_snapsho
             last = pos;
             slot.at -= 4;
             if (limits != NULL && !slot_is_possible(slot, limits))
-                return kvs_error_set(err, KVS_EFORMAT, "cache snapshot is damaged: slot %u of head %u holds a token or a "
-                                     "position that cannot be", i, h);
+                return kvs_error_set(err, KVS_EFORMAT,
+                                     "cache snapshot is damaged: slot %u of head %u holds a token or a "
+                                     "position that cannot be",
+                                     i, h);
         }
         r.at += n * slot_bytes(c);
         pages += ((uint64_t)n + KVS_PAGE_SLOTS - 1) / KVS_PAGE_SLOTS;

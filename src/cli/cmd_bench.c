@@ -28,7 +28,10 @@ static void command_line(const kvs_cli_args *args, const char *out_dir, char *te
             n += (size_t)snprintf(text + n, cap_bytes - n, " --%s '%s'", lists[i].name, lists[i].list->items[k]);
     const struct {
         const char *name, *value;
-    } words[] = {{"data", args->data}, {"shard", args->shard}, {"kv-type", args->kv_type}, {"arith", args->arith},
+    } words[] = {{"data", args->data},
+                 {"shard", args->shard},
+                 {"kv-type", args->kv_type},
+                 {"arith", args->arith},
                  {"cpu-mask", args->cpu_mask}};
     for (size_t i = 0; i < sizeof words / sizeof words[0]; i++)
         if (words[i].value != NULL && n < cap_bytes)
@@ -85,7 +88,7 @@ static void print_claims(json_t *claims)
     json_t *claim, *detail;
     printf("%lld dialogues%s\n", (long long)json_integer_value(json_object_get(claims, "n_dialogues")),
            json_is_true(json_object_get(claims, "preliminary")) ? ": PRELIMINARY, verdicts need 30" : "");
-    json_array_foreach(json_object_get(claims, "claims"), i, claim) {
+    json_array_foreach (json_object_get(claims, "claims"), i, claim) {
         char id[32], verdict[32], leaning[32], unit[120], text[400], value[32], low[32], high[32], threshold[32];
         value_text(json_object_get(claim, "id"), id, sizeof id);
         value_text(json_object_get(claim, "verdict"), verdict, sizeof verdict);
@@ -97,11 +100,11 @@ static void print_claims(json_t *claims)
         number_text(json_object_get(claim, "ci_high"), high, sizeof high);
         number_text(json_object_get(claim, "threshold"), threshold, sizeof threshold);
         const bool leans = json_is_string(json_object_get(claim, "leaning")) && strcmp(verdict, "PRELIMINARY") == 0;
-        printf("\n%-4s %s%s%s%s  %s\n", id, verdict, leans ? " (leaning " : "", leans ? leaning : "",
-               leans ? ")" : "", text);
+        printf("\n%-4s %s%s%s%s  %s\n", id, verdict, leans ? " (leaning " : "", leans ? leaning : "", leans ? ")" : "",
+               text);
         printf("     %s [%s, %s], threshold %s, n = %lld: %s\n", value, low, high, threshold,
                (long long)json_integer_value(json_object_get(claim, "n")), unit);
-        json_array_foreach(json_object_get(claim, "detail"), k, detail) {
+        json_array_foreach (json_object_get(claim, "detail"), k, detail) {
             char name[200];
             value_text(json_object_get(detail, "name"), name, sizeof name);
             number_text(json_object_get(detail, "value"), value, sizeof value);

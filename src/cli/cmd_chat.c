@@ -12,14 +12,14 @@ typedef struct chat {
     const kvs_cli_args *args;
     kvs_model *m;
     kvs_session *s;
-    kvs_session_options opt;    /* how s was made; its strings are below */
+    kvs_session_options opt; /* how s was made; its strings are below */
     char policy[512], position[32];
     kvs_sampling sampling;
-    char session_path[4096];    /* empty: not saved */
-    char *last_user;            /* for /regen */
-    uint64_t before_last;       /* tokens said before it */
-    uint64_t n_retries;         /* of the last answer: each draws from another seed */
-    bool tty_in, dim;           /* the status line is dim on a terminal */
+    char session_path[4096]; /* empty: not saved */
+    char *last_user;         /* for /regen */
+    uint64_t before_last;    /* tokens said before it */
+    uint64_t n_retries;      /* of the last answer: each draws from another seed */
+    bool tty_in, dim;        /* the status line is dim on a terminal */
 } chat;
 
 static void say(const chat *c, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
@@ -43,7 +43,8 @@ static bool on_token(void *ctx, int32_t token, const char *bytes, size_t n_bytes
     return fflush(stdout) == 0 && kvs_cli_interrupted == 0;
 }
 
-static void print_status(const chat *c, const kvs_generation *g, uint64_t n_evictions_before, const kvs_cli_held *before)
+static void print_status(const chat *c, const kvs_generation *g, uint64_t n_evictions_before,
+                         const kvs_cli_held *before)
 {
     kvs_usage u;
     kvs_health h;
@@ -151,7 +152,8 @@ static void show_policy(const chat *c)
     kvs_usage u;
     kvs_session_get_usage(c->s, &u);
     say(c, "policy %s, position %s, budget %llu slots a head, %.2f MiB", kvs_session_policy(c->s),
-        kvs_position_name(kvs_session_position(c->s)), (unsigned long long)u.budget_tokens, kvs_cli_mib(u.budget_bytes));
+        kvs_position_name(kvs_session_position(c->s)), (unsigned long long)u.budget_tokens,
+        kvs_cli_mib(u.budget_bytes));
 }
 
 static kvs_status cmd_policy(chat *c, const char *word, kvs_error *err)
@@ -448,7 +450,8 @@ static void greet(const chat *c)
     kvs_session_get_usage(c->s, &u);
     say(c, "%s on %u threads (%s); policy %s, position %s; the cache holds %llu tokens in %.1f MiB. /help",
         info.name != NULL && info.name[0] != '\0' ? info.name : info.path, info.n_threads, info.isa, c->policy,
-        kvs_position_name(kvs_session_position(c->s)), (unsigned long long)u.budget_tokens, kvs_cli_mib(u.budget_bytes));
+        kvs_position_name(kvs_session_position(c->s)), (unsigned long long)u.budget_tokens,
+        kvs_cli_mib(u.budget_bytes));
 }
 
 /* A session name becomes a file name. */

@@ -5,8 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const char *const metrics[] = {"kl_mean", "nll", "top1", "peak_kv_bytes", "evictions", "health_mean",
-                                      "tpot_ms_median"};
+static const char *const metrics[] = {"kl_mean",   "nll",         "top1",          "peak_kv_bytes",
+                                      "evictions", "health_mean", "tpot_ms_median"};
 enum { N_METRICS = sizeof metrics / sizeof metrics[0], FIELDS_MAX = 128 };
 
 typedef struct row {
@@ -153,8 +153,8 @@ static kvs_status read_summary(folder *f, kvs_error *err)
         }
         const uint32_t run = n == n_header ? find_run(f, fields[at_run]) : UINT32_MAX;
         if (run == UINT32_MAX) {
-            status = kvs_error_set(err, KVS_EFORMAT, "%s, line %zu: broken, or of a run the manifest does not have", path,
-                                   line);
+            status = kvs_error_set(err, KVS_EFORMAT, "%s, line %zu: broken, or of a run the manifest does not have",
+                                   path, line);
             break;
         }
         row *const r = &f->rows[f->n_rows];
@@ -279,8 +279,10 @@ int kvs_cmd_compare(const kvs_cli_args *args)
     for (int i = 0; i < 2 && status == KVS_OK; i++) {
         const char *const a = hash_of(&f[0], parts[i]), *const b = hash_of(&f[1], parts[i]);
         if (strcmp(a, b) != 0)
-            status = kvs_error_set(&err, KVS_EINVAL, "the folders are of different %s (%.12s and %.12s): their numbers "
-                                   "cannot be compared", parts[i], a, b);
+            status = kvs_error_set(&err, KVS_EINVAL,
+                                   "the folders are of different %s (%.12s and %.12s): their numbers "
+                                   "cannot be compared",
+                                   parts[i], a, b);
     }
     for (int i = 0; i < 2 && status == KVS_OK; i++)
         status = read_summary(&f[i], &err);

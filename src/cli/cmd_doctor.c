@@ -91,9 +91,10 @@ static void check_model(const kvs_cli_args *args, checkup *c, uint64_t available
     fact(c, "kv_cache", "%llu bytes a token in f16, %.0f MiB for the window", (unsigned long long)token_bytes,
          kvs_cli_mib(token_bytes * i->window_tokens));
     if (i->packed_bytes < i->weight_bytes / 2)
-        note(c->slow, "most weights are of types without tiled kernels (%.0f of %.0f MiB packed): their prefill takes one "
-             "dot product a row; Q4_0, Q4_1, Q8_0 and F32 have them", kvs_cli_mib(i->packed_bytes),
-             kvs_cli_mib(i->weight_bytes));
+        note(c->slow,
+             "most weights are of types without tiled kernels (%.0f of %.0f MiB packed): their prefill takes one "
+             "dot product a row; Q4_0, Q4_1, Q8_0 and F32 have them",
+             kvs_cli_mib(i->packed_bytes), kvs_cli_mib(i->weight_bytes));
     if (i->weight_bytes + i->packed_bytes + token_bytes * i->window_tokens > available_bytes)
         note(c->slow, "weights and a full window need %.1f GiB and %.1f are available: pages would go to disk",
              (double)(i->weight_bytes + i->packed_bytes + token_bytes * i->window_tokens) / 0x1p30,
@@ -134,7 +135,7 @@ static void print_notes(const char *title, json_t *notes)
 {
     size_t i;
     json_t *text;
-    json_array_foreach(notes, i, text)
+    json_array_foreach (notes, i, text)
         printf("%s%s\n", title, json_string_value(text));
 }
 
@@ -158,7 +159,7 @@ int kvs_cmd_doctor(const kvs_cli_args *args)
     } else {
         const char *name;
         json_t *value;
-        json_object_foreach(c.facts, name, value)
+        json_object_foreach (c.facts, name, value)
             printf("%-16s %s\n", name, json_string_value(value));
         print_notes("slow: ", c.slow);
         print_notes("missing: ", c.missing);

@@ -181,7 +181,8 @@ static void on_progress(void *ctx, uint64_t n_done, uint64_t n_total)
 
 static const char *const ref_names[] = {"none", "full", "window"};
 
-static void set_results(json_t *o, const kvs_teacher_result *r, const kvs_teacher_options *t, const kvs_model_info *info)
+static void set_results(json_t *o, const kvs_teacher_result *r, const kvs_teacher_options *t,
+                        const kvs_model_info *info)
 {
     kvs_cli_set_real(o, "nll", r->nll);
     kvs_cli_set_real(o, "ppl", exp(r->nll));
@@ -213,7 +214,7 @@ static int print_table(json_t *o)
 {
     const char *name;
     json_t *value;
-    json_object_foreach(o, name, value) {
+    json_object_foreach (o, name, value) {
         printf("%-20s ", name);
         if (json_is_real(value))
             printf("%.6g\n", json_real_value(value));

@@ -12,7 +12,7 @@ static int print_object(const kvs_cli_args *args, json_t *o)
         return kvs_cli_print_json(o);
     const char *name;
     json_t *value;
-    json_object_foreach(o, name, value) {
+    json_object_foreach (o, name, value) {
         if (json_is_string(value)) {
             printf("%-20s %s\n", name, json_string_value(value));
         } else if (json_is_real(value)) {
@@ -99,7 +99,7 @@ static int inspect_folder(const kvs_cli_args *args, const char *dir)
     } else {
         const char *name;
         json_t *value;
-        json_object_foreach(manifest, name, value) {
+        json_object_foreach (manifest, name, value) {
             /* lists of hundreds of runs are for --json */
             if (json_is_array(value))
                 kvs_cli_set_int(o, name, json_array_size(value));

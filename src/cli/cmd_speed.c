@@ -36,7 +36,8 @@ static uint64_t weight_bytes_per_token(const kvs_model *m)
     uint64_t n = weight_bytes(&m->head);
     for (uint32_t i = 0; i < m->info.n_layers; i++) {
         const kvs_layer *const l = &m->layers[i];
-        n += weight_bytes(&l->qkv) + weight_bytes(&l->attn_out) + weight_bytes(&l->gate_up) + weight_bytes(&l->ffn_down);
+        n +=
+            weight_bytes(&l->qkv) + weight_bytes(&l->attn_out) + weight_bytes(&l->gate_up) + weight_bytes(&l->ffn_down);
         const kvs_layer_parts *const p = &m->parts[i];
         if (l->qkv.n_out == 0)
             n += weight_bytes(&p->q) + weight_bytes(&p->k) + weight_bytes(&p->v);
@@ -147,8 +148,8 @@ static int print_rows(const kvs_cli_args *args, const kvs_model *m, const speed_
     printf("%s, %s, %u threads, reads %.1f GB/s\n", m->info.path, m->info.isa, m->info.n_threads, bandwidth * 1e-9);
     printf("%8s %16s %15s %12s %20s\n", "depth", "prefill tok/s", "decode tok/s", "MB a token", "share of bandwidth");
     for (uint32_t i = 0; i < n; i++) {
-        printf("%8u %16.1f %15.1f %12.1f %19.0f%%\n", rows[i].depth, rows[i].prefill_tok_per_s, rows[i].decode_tok_per_s,
-               rows[i].bytes_per_token * 1e-6, rows[i].share_of_bandwidth * 100);
+        printf("%8u %16.1f %15.1f %12.1f %19.0f%%\n", rows[i].depth, rows[i].prefill_tok_per_s,
+               rows[i].decode_tok_per_s, rows[i].bytes_per_token * 1e-6, rows[i].share_of_bandwidth * 100);
         if (!isnan(rows[i].append_tok_per_s))
             printf("%8s %16.1f  (%u more prompt tokens there)\n", "", rows[i].append_tok_per_s, args->prompt_tokens);
     }

@@ -54,9 +54,9 @@ kvs_status kvs_cli_parse_size(const char *text, kvs_cli_size *out, kvs_error *er
     static const struct {
         const char *name;
         double factor;
-    } units[] = {{"B", 1},          {"KiB", 1024.0},      {"MiB", 1048576.0}, {"GiB", 1073741824.0},
-                 {"kB", 1000.0},    {"KB", 1000.0},       {"MB", 1e6},        {"GB", 1e9},
-                 {"tok", 0},        {"tokens", 0}};
+    } units[] = {{"B", 1},       {"KiB", 1024.0}, {"MiB", 1048576.0}, {"GiB", 1073741824.0},
+                 {"kB", 1000.0}, {"KB", 1000.0},  {"MB", 1e6},        {"GB", 1e9},
+                 {"tok", 0},     {"tokens", 0}};
     *out = (kvs_cli_size){0, 0};
     if (strcmp(text, "window") == 0)
         return KVS_OK;
@@ -98,9 +98,10 @@ static int check_position(const kvs_cli_args *args, const char *mode)
         strspn(mode + 7, "0123456789") == strlen(mode + 7) && atoi(mode + 7) >= 1)
         return 0;
     const char *const near = kvs_nearest(mode, modes, 5);
-    return kvs_cli_usage_error(args->command, "--position: unknown mode '%.60s'%s%s%s; known are rollback, keep, "
-                               "rerotate, gapcap:G (G from 1) and recompute", mode,
-                               near != NULL ? "; did you mean '" : "", near != NULL ? near : "",
+    return kvs_cli_usage_error(args->command,
+                               "--position: unknown mode '%.60s'%s%s%s; known are rollback, keep, "
+                               "rerotate, gapcap:G (G from 1) and recompute",
+                               mode, near != NULL ? "; did you mean '" : "", near != NULL ? near : "",
                                near != NULL ? "'?" : "");
 }
 

@@ -34,7 +34,7 @@ static int help(int argc, char **argv)
 
 int main(int argc, char **argv)
 {
-    setlocale(LC_CTYPE, ""); /* for line editing; numbers stay in the C locale */
+    setlocale(LC_CTYPE, "");  /* for line editing; numbers stay in the C locale */
     signal(SIGPIPE, SIG_IGN); /* `kvasir run | head` is a write error with a name, not a death */
     if (argc < 2) {
         kvs_cli_print_overview(stderr);

@@ -33,8 +33,9 @@ static void print_wrapped(FILE *out, const char *text, size_t column, size_t ind
 
 void kvs_cli_print_overview(FILE *out)
 {
-    fprintf(out, "kvasir %s: long conversations with a language model inside a hard KV-cache budget\n\n"
-                 "usage: kvasir COMMAND [OPTIONS]\n\n",
+    fprintf(out,
+            "kvasir %s: long conversations with a language model inside a hard KV-cache budget\n\n"
+            "usage: kvasir COMMAND [OPTIONS]\n\n",
             kvs_version());
     for (uint32_t i = 0; i < kvs_cli_n_commands; i++)
         fprintf(out, "  %-10s %s\n", kvs_cli_commands[i].name, kvs_cli_commands[i].summary);
@@ -147,19 +148,24 @@ void kvs_cli_print_man(FILE *out)
 {
     fprintf(out, ".TH KVASIR 1 \"\" \"kvasir %s\" \"User Commands\"\n", kvs_version());
     fputs(".SH NAME\nkvasir \\- long conversations with a language model inside a hard KV\\-cache budget\n"
-          ".SH SYNOPSIS\n.B kvasir\n\\fICOMMAND\\fR [\\fIOPTIONS\\fR]\n.SH COMMANDS\n", out);
+          ".SH SYNOPSIS\n.B kvasir\n\\fICOMMAND\\fR [\\fIOPTIONS\\fR]\n.SH COMMANDS\n",
+          out);
     for (uint32_t i = 0; i < kvs_cli_n_commands; i++)
         man_command(out, &kvs_cli_commands[i]);
     fputs(".SH ENVIRONMENT\n.TP\n.B KVASIR_MODEL\nthe model used without \\-\\-model\n"
           ".TP\n.B XDG_CACHE_HOME\nwhere the set\\-up keeps the default model; default ~/.cache\n"
           ".TP\n.B XDG_STATE_HOME\nwhere chat keeps its history and sessions; default ~/.local/state\n"
           ".SH EXIT STATUS\n0 success; 1 failure; 2 wrong usage; 130 interrupted. "
-          "1 and 2 come with one line on stderr that names what was wrong.\n", out);
+          "1 and 2 come with one line on stderr that names what was wrong.\n",
+          out);
 }
 
 /* ---- completion ------------------------------------------------------------------------------------------------- */
 
-static bool takes_file(const kvs_cli_option *o) { return o->kind == KVS_CLI_FILE || o->kind == KVS_CLI_DIR; }
+static bool takes_file(const kvs_cli_option *o)
+{
+    return o->kind == KVS_CLI_FILE || o->kind == KVS_CLI_DIR;
+}
 
 static void print_choices(FILE *out, const kvs_cli_option *o)
 {
@@ -174,10 +180,12 @@ static void completion_bash(FILE *out)
 {
     fputs("# kvasir --completion bash > ~/.local/share/bash-completion/completions/kvasir\n"
           "_kvasir() {\n    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} cmd=${COMP_WORDS[1]}\n"
-          "    COMPREPLY=()\n    if [ \"$COMP_CWORD\" = 1 ]; then\n        COMPREPLY=($(compgen -W '", out);
+          "    COMPREPLY=()\n    if [ \"$COMP_CWORD\" = 1 ]; then\n        COMPREPLY=($(compgen -W '",
+          out);
     for (uint32_t i = 0; i < kvs_cli_n_commands; i++)
         fprintf(out, "%s ", kvs_cli_commands[i].name);
-    fputs("--help --version --man --completion' -- \"$cur\"))\n        return\n    fi\n    case \"$cmd $prev\" in\n", out);
+    fputs("--help --version --man --completion' -- \"$cur\"))\n        return\n    fi\n    case \"$cmd $prev\" in\n",
+          out);
     fputs("    '--completion --completion') COMPREPLY=($(compgen -W 'bash zsh fish' -- \"$cur\")); return ;;\n", out);
     for (uint32_t i = 0; i < kvs_cli_n_options; i++) {
         const kvs_cli_option *const o = &kvs_cli_options[i];
@@ -235,14 +243,16 @@ static void print_quoted(FILE *out, const char *text, bool zsh)
 static void completion_zsh(FILE *out)
 {
     fputs("#compdef kvasir\n# kvasir --completion zsh > a folder of $fpath, as _kvasir\n_kvasir() {\n"
-          "    local -a commands\n    commands=(\n", out);
+          "    local -a commands\n    commands=(\n",
+          out);
     for (uint32_t i = 0; i < kvs_cli_n_commands; i++) {
         fprintf(out, "        '%s:", kvs_cli_commands[i].name);
         print_quoted(out, kvs_cli_commands[i].summary, true);
         fputs("'\n", out);
     }
     fputs("    )\n    if (( CURRENT == 2 )); then\n        _describe command commands\n        return\n    fi\n"
-          "    local cmd=$words[2]\n    shift words\n    (( CURRENT-- ))\n    case $cmd in\n", out);
+          "    local cmd=$words[2]\n    shift words\n    (( CURRENT-- ))\n    case $cmd in\n",
+          out);
     for (uint32_t c = 0; c < kvs_cli_n_commands; c++) {
         fprintf(out, "    %s) _arguments", kvs_cli_commands[c].name);
         for (uint32_t i = 0; i < kvs_cli_n_options; i++) {

@@ -25,7 +25,7 @@ enum {
 };
 
 #define SPEC_TEXT                                                                                                      \
-    "SPEC is a preset with parameters and changed stages, such as 'streaming:sinks=4 +position=rerotate'; `kvasir "   \
+    "SPEC is a preset with parameters and changed stages, such as 'streaming:sinks=4 +position=rerotate'; `kvasir "    \
     "policies` lists them. SIZE is 600MiB, 1.5GiB or 4800tok (slots in every head); 'window' is the model's window."
 
 /* Order is the order of the bits above. */
@@ -45,7 +45,8 @@ const kvs_cli_command kvs_cli_commands[] = {
      0, 0, kvs_cmd_chat},
     {"eval", "", "teacher-forced quality of a policy on a text or a dialogue",
      "Feeds a fixed text, compares each next-token distribution with a reference session's in lock-step, and prints "
-     "nll, ppl, kl, top1, memory, time, position indices and health. Default arithmetic f32, default reference the full "
+     "nll, ppl, kl, top1, memory, time, position indices and health. Default arithmetic f32, default reference the "
+     "full "
      "cache (beyond the model's window: a fresh prefill of the last window, on a stride of 64). Without --budget it "
      "is the length of the text. " SPEC_TEXT,
      "kvasir eval --text book.txt --policy streaming --budget 1024tok --position rerotate\tone policy\n"
@@ -65,7 +66,8 @@ const kvs_cli_command kvs_cli_commands[] = {
      "results; --resume goes on. " SPEC_TEXT,
      "kvasir bench --suite smoke\ta first look, in a few minutes\n"
      "kvasir bench --suite paper --data dialogues/ --out out/paper\tthe claims of arXiv 2511.04686\n"
-     "kvasir bench --policy streaming --policy snapkv --budget 1024tok --position keep --position rerotate\tan own grid\n",
+     "kvasir bench --policy streaming --policy snapkv --budget 1024tok --position keep --position rerotate\tan own "
+     "grid\n",
      0, 0, kvs_cmd_bench},
     {"report", "DIR", "write report.html of a bench output folder again", "Reads the files of DIR and nothing else.",
      "kvasir report out/paper\tafter an upgrade, or after merging shards\n", 1, 1, kvs_cmd_report},
@@ -78,7 +80,8 @@ const kvs_cli_command kvs_cli_commands[] = {
     {"inspect", "FILE", "show what a model, a session file or a bench output folder holds",
      "FILE is a GGUF model, a session that chat saved, or a folder that bench wrote.",
      "kvasir inspect model.gguf\tits dimensions and what a token of cache costs\n"
-     "kvasir inspect ~/.local/state/kvasir/sessions/work.kvs\ta saved session\n", 1, 1, kvs_cmd_inspect},
+     "kvasir inspect ~/.local/state/kvasir/sessions/work.kvs\ta saved session\n",
+     1, 1, kvs_cmd_inspect},
     {"doctor", "", "check the machine, the model and the libraries, and say what would be slow and why",
      "Exits with 1 if something is missing without which Kvasir cannot run.", "kvasir doctor\tcheck this machine\n", 0,
      0, kvs_cmd_doctor},
@@ -119,7 +122,8 @@ const kvs_cli_option kvs_cli_options[] = {
     {"repeat-penalty", 0, KVS_CLI_REAL, AT(repeat_penalty), RUN | CHAT, "R", "penalty on repeated tokens; 1 is off",
      NULL, 0.01, 100},
     {"suite", 0, KVS_CLI_CHOICE, AT(suite), BENCH, "NAME", "set of runs; default demo", suite_choices, 0, 0},
-    {"data", 0, KVS_CLI_DIR, AT(data), BENCH, "PATH", "file or folder of dialogues; default KVASIR_DATA's ShareGPT subset, else the embedded set", NULL, 0, 0},
+    {"data", 0, KVS_CLI_DIR, AT(data), BENCH, "PATH",
+     "file or folder of dialogues; default KVASIR_DATA's ShareGPT subset, else the embedded set", NULL, 0, 0},
     {"dialogues", 0, KVS_CLI_U32, AT(n_dialogues), BENCH, "N", "how many dialogues; default the suite's own", NULL, 1,
      1e6},
     {"out", 0, KVS_CLI_DIR, AT(out), BENCH, "DIR", "output folder; default kvasir-bench-SUITE", NULL, 0, 0},
@@ -128,8 +132,8 @@ const kvs_cli_option kvs_cli_options[] = {
     {"shard", 0, KVS_CLI_STRING, AT(shard), BENCH, "I/N", "run only the Ith of N equal parts, from 0/N", NULL, 0, 0},
     {"free-running", 0, KVS_CLI_FLAG, AT(free_running), BENCH, NULL,
      "also let each policy answer for itself, as the paper did", NULL, 0, 0},
-    {"policy", 0, KVS_CLI_LIST, AT(policies), SESSIONS, "SPEC", "cache policy; default baseline (chat: streaming)", NULL,
-     0, 0},
+    {"policy", 0, KVS_CLI_LIST, AT(policies), SESSIONS, "SPEC", "cache policy; default baseline (chat: streaming)",
+     NULL, 0, 0},
     {"budget", 0, KVS_CLI_LIST, AT(budgets), SESSIONS, "SIZE", "hard cap of the cache; default the model's window",
      NULL, 0, 0},
     {"position", 0, KVS_CLI_LIST, AT(positions), SESSIONS, "MODE",
@@ -155,15 +159,16 @@ const kvs_cli_option kvs_cli_options[] = {
     {"gen", 0, KVS_CLI_U32, AT(gen_tokens), SPEED, "N", "tokens to decode at each depth; default 16", NULL, 1, 1e6},
     {"repeat", 0, KVS_CLI_U32, AT(repeats), SPEED, "N", "repeats, of which the median counts; default 3", NULL, 1, 63},
     {"threads", 0, KVS_CLI_U32, AT(threads), MODELS, "N", "threads; default one per core", NULL, 1, 1024},
-    {"cpu-mask", 0, KVS_CLI_CHOICE, AT(cpu_mask), MODELS, "ISA", "use no instruction set above this one", cpu_choices, 0,
-     0},
+    {"cpu-mask", 0, KVS_CLI_CHOICE, AT(cpu_mask), MODELS, "ISA", "use no instruction set above this one", cpu_choices,
+     0, 0},
     {"template", 0, KVS_CLI_STRING, AT(template_name), SESSIONS, "NAME", "chat template; default auto, the model's own",
      NULL, 0, 0},
     {"policy-plugin", 0, KVS_CLI_FILE, AT(policy_plugin), SESSIONS, "FILE.so", "load policies from a shared object",
      NULL, 0, 0},
     {"paper-compat", 0, KVS_CLI_FLAG, AT(paper_compat), SESSIONS, NULL,
      "the published script's traits, bugs included (docs/paper.md)", NULL, 0, 0},
-    {"json", 0, KVS_CLI_FLAG, AT(json), ALL, NULL, "print one JSON object on stdout and nothing else there", NULL, 0, 0},
+    {"json", 0, KVS_CLI_FLAG, AT(json), ALL, NULL, "print one JSON object on stdout and nothing else there", NULL, 0,
+     0},
     {"help", 'h', KVS_CLI_FLAG, AT(help), ALL, NULL, "show this", NULL, 0, 0},
 };
 const uint32_t kvs_cli_n_options = sizeof kvs_cli_options / sizeof kvs_cli_options[0];

@@ -82,8 +82,8 @@ static kvs_status read_head(const char *path, FILE *f, kvs_cli_snapshot *out, kv
     const bool good = copy_text(o, "policy", out->policy, sizeof out->policy) &&
                       copy_text(o, "position", out->position, sizeof out->position) &&
                       copy_text(o, "model_sha256", out->model_sha256, sizeof out->model_sha256) &&
-                      copy_text(o, "kv_type", kv_type, sizeof kv_type) &&
-                      copy_text(o, "arith", arith, sizeof arith) && copy_text(o, "seed", seed, sizeof seed);
+                      copy_text(o, "kv_type", kv_type, sizeof kv_type) && copy_text(o, "arith", arith, sizeof arith) &&
+                      copy_text(o, "seed", seed, sizeof seed);
     if (good) {
         out->budget.bytes = (uint64_t)json_integer_value(json_object_get(o, "budget_bytes"));
         out->budget.tokens = (uint32_t)json_integer_value(json_object_get(o, "budget_tokens"));
@@ -131,8 +131,9 @@ kvs_status kvs_cli_snapshot_load(const char *path, kvs_model *m, kvs_cli_snapsho
     *out = NULL;
     KVS_TRY(kvs_cli_snapshot_head(path, head, err));
     if (strcmp(head->model_sha256, kvs_model_sha256(m)) != 0)
-        return kvs_error_set(err, KVS_EFORMAT, "%s was saved with another model (sha256 %.12s..., this one has %.12s...)",
-                             path, head->model_sha256, kvs_model_sha256(m));
+        return kvs_error_set(err, KVS_EFORMAT,
+                             "%s was saved with another model (sha256 %.12s..., this one has %.12s...)", path,
+                             head->model_sha256, kvs_model_sha256(m));
     KVS_TRY(kvs_cli_read_file(path, &bytes, &n_bytes, err));
     kvs_status status;
     if (head->body_bytes > n_bytes) {

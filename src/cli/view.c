@@ -17,9 +17,9 @@ kvs_status kvs_cli_held_read(const kvs_model *m, const kvs_session *s, kvs_cli_h
         return kvs_error_set(err, KVS_ENOMEM, "no memory to list what the session holds");
     }
     for (uint32_t pair = 0; pair < out->n_pairs; pair++) {
-        const uint32_t n = kvs_min_u32((uint32_t)out->n_tokens,
-                                       kvs_session_keep_set(s, pair / info.n_kv_heads, pair % info.n_kv_heads, pos, NULL,
-                                                            (uint32_t)out->n_tokens));
+        const uint32_t n =
+            kvs_min_u32((uint32_t)out->n_tokens, kvs_session_keep_set(s, pair / info.n_kv_heads, pair % info.n_kv_heads,
+                                                                      pos, NULL, (uint32_t)out->n_tokens));
         for (uint32_t i = 0; i < n; i++)
             if (pos[i] >= 0 && (uint64_t)pos[i] < out->n_tokens)
                 out->n_heads[pos[i]]++;
@@ -53,10 +53,10 @@ uint64_t kvs_cli_held_lost(const kvs_cli_held *before, const kvs_cli_held *after
         n_lost += end - i;
         if (n_ranges < cap_ranges && used + 48 < cap_bytes) {
             const char *const comma = n_ranges > 0 ? ", " : "";
-            used += (size_t)(end - i == 1
-                                 ? snprintf(text + used, cap_bytes - used, "%s%llu", comma, (unsigned long long)i)
-                                 : snprintf(text + used, cap_bytes - used, "%s%llu-%llu", comma, (unsigned long long)i,
-                                            (unsigned long long)(end - 1)));
+            used +=
+                (size_t)(end - i == 1 ? snprintf(text + used, cap_bytes - used, "%s%llu", comma, (unsigned long long)i)
+                                      : snprintf(text + used, cap_bytes - used, "%s%llu-%llu", comma,
+                                                 (unsigned long long)i, (unsigned long long)(end - 1)));
         } else if (n_ranges == cap_ranges && used + 8 < cap_bytes) {
             used += (size_t)snprintf(text + used, cap_bytes - used, ", ...");
         }
@@ -75,8 +75,8 @@ static void map_row(const kvs_model_info *info, const kvs_session *s, uint32_t l
     static const char shades[] = " .:-=+*%#";
     uint32_t held[MAP_COLUMNS] = {0};
     for (uint32_t head = 0; head < info->n_kv_heads; head++) {
-        const uint32_t n = kvs_min_u32((uint32_t)n_tokens, kvs_session_keep_set(s, layer, head, pos, NULL,
-                                                                                (uint32_t)n_tokens));
+        const uint32_t n =
+            kvs_min_u32((uint32_t)n_tokens, kvs_session_keep_set(s, layer, head, pos, NULL, (uint32_t)n_tokens));
         for (uint32_t i = 0; i < n; i++)
             if (pos[i] >= 0 && (uint64_t)pos[i] < n_tokens)
                 held[(uint64_t)pos[i] * MAP_COLUMNS / n_tokens]++;

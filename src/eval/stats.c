@@ -450,7 +450,7 @@ typedef struct nnls_state {
 static bool nnls_solve(const nnls_state *s, double *z)
 {
     double l[KVS_NNLS_COLS_MAX][KVS_NNLS_COLS_MAX], y[KVS_NNLS_COLS_MAX];
-    uint32_t col[KVS_NNLS_COLS_MAX], n = 0;
+    uint32_t col[KVS_NNLS_COLS_MAX] = {0}, n = 0;
     for (uint32_t j = 0; j < s->n_cols; j++) {
         z[j] = 0.0;
         if (s->passive[j])

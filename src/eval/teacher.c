@@ -23,9 +23,9 @@ typedef struct teacher {
     float *queue;
     uint32_t queue_cap, queue_head, queue_n;
     bool queue_is_ref;
-    bool comparing;         /* the current step's rows have a reference */
-    uint32_t next_row;      /* the policy row that is compared next */
-    kvs_status failure;     /* what a callback found; kvs_step only says that it was cancelled */
+    bool comparing;     /* the current step's rows have a reference */
+    uint32_t next_row;  /* the policy row that is compared next */
+    kvs_status failure; /* what a callback found; kvs_step only says that it was cancelled */
     kvs_error *err;
     kvs_scores all, compared;
     uint64_t step_ns;
@@ -170,10 +170,20 @@ static kvs_status feed(teacher *t, uint32_t at, uint32_t n, const uint8_t *want)
 {
     const uint8_t *const flags = t->opt->flags != NULL ? t->opt->flags + at : NULL;
     kvs_run runs[2] = {
-        {.session = t->policy, .tokens = t->tokens + at, .flags = flags, .n_tokens = n, .on_logits = on_policy_row,
-         .want = want, .ctx = t},
-        {.session = t->ref, .tokens = t->tokens + at, .flags = flags, .n_tokens = n, .on_logits = on_ref_row,
-         .want = want, .ctx = t},
+        {.session = t->policy,
+         .tokens = t->tokens + at,
+         .flags = flags,
+         .n_tokens = n,
+         .on_logits = on_policy_row,
+         .want = want,
+         .ctx = t},
+        {.session = t->ref,
+         .tokens = t->tokens + at,
+         .flags = flags,
+         .n_tokens = n,
+         .on_logits = on_ref_row,
+         .want = want,
+         .ctx = t},
     };
     t->comparing = t->ref != NULL;
     if (t->comparing && t->opt->ref == KVS_TEACHER_REF_WINDOW)
@@ -269,8 +279,10 @@ static kvs_status open_sessions(teacher *t)
         return kvs_error_set(t->err, KVS_EINVAL, "a window reference of %u tokens is too short: %u at least", cap,
                              2u * KVS_TEACHER_STRIDE_TOKENS);
     if (o->ref != KVS_TEACHER_REF_NONE && o->session.prefill_full && t->n_tokens > cap)
-        return kvs_error_set(t->err, KVS_EINVAL, "%u tokens do not fit a reference of %u when the prefill is full: "
-                             "prefill chunked, or use no reference", t->n_tokens, cap);
+        return kvs_error_set(t->err, KVS_EINVAL,
+                             "%u tokens do not fit a reference of %u when the prefill is full: "
+                             "prefill chunked, or use no reference",
+                             t->n_tokens, cap);
     KVS_TRY(kvs_session_create(t->m, &o->session, &t->policy, t->err));
     if (o->ref == KVS_TEACHER_REF_NONE)
         return KVS_OK;
@@ -298,8 +310,8 @@ static kvs_status end_prefill(teacher *t)
     const char *const spec = t->opt->session.policy;
     if (t->opt->turns != NULL || spec == NULL)
         return KVS_OK;
-    const bool asked = strstr(spec, "after_prefill") != NULL ||
-                       (t->opt->session.prefill_full && strstr(spec, "keep=") != NULL);
+    const bool asked =
+        strstr(spec, "after_prefill") != NULL || (t->opt->session.prefill_full && strstr(spec, "keep=") != NULL);
     return asked ? kvs_session_evict(t->policy, 0, t->err) : KVS_OK;
 }
 
@@ -349,7 +361,7 @@ kvs_status kvs_eval_teacher_force(kvs_model *m, const kvs_teacher_options *opt, 
         return kvs_error_set(err, KVS_EINVAL, "a text of %u tokens has nothing to predict: 2 at least", n_tokens);
     kvs_model_info info;
     kvs_model_get_info(m, &info);
-    kvs_error own;
+    kvs_error own = {0};
     teacher t = {.m = m,
                  .kernels = m->kernels,
                  .allocator = m->allocator,

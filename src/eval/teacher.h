@@ -12,9 +12,9 @@ typedef enum kvs_teacher_ref {
 } kvs_teacher_ref;
 
 enum {
-    KVS_TEACHER_BLOCK_TOKENS = 32, /* rows whose logits are held: 6 MiB at 49,152 tokens */
-    KVS_TEACHER_STRIDE_TOKENS = 64, /* of the window reference, evaluation.md 3.2 */
-    KVS_TEACHER_DECODE_TOKENS = 16, /* greedy tokens after the stream, for tpot_ms; they need room in the budget */
+    KVS_TEACHER_BLOCK_TOKENS = 32,    /* rows whose logits are held: 6 MiB at 49,152 tokens */
+    KVS_TEACHER_STRIDE_TOKENS = 64,   /* of the window reference, evaluation.md 3.2 */
+    KVS_TEACHER_DECODE_TOKENS = 16,   /* greedy tokens after the stream, for tpot_ms; they need room in the budget */
     KVS_TEACHER_TURN_BEGIN = 1u << 0, /* in turns[i]: a turn begins before token i */
     KVS_TEACHER_TURN_END = 1u << 1,   /* in turns[i]: a turn ends after token i */
 };
@@ -30,10 +30,10 @@ typedef struct kvs_teacher_row {
 typedef struct kvs_teacher_options {
     kvs_session_options session; /* strings borrowed */
     kvs_teacher_ref ref;
-    uint32_t ref_tokens;   /* of REF_WINDOW; 0: the model's window */
-    const uint8_t *flags;  /* [n_tokens] KVS_TOKEN_* bits or NULL */
-    const uint8_t *turns;  /* [n_tokens] KVS_TEACHER_TURN_* bits or NULL */
-    volatile int *cancel;  /* NULL, or nonzero asks to stop (ECANCELLED) */
+    uint32_t ref_tokens;                                   /* of REF_WINDOW; 0: the model's window */
+    const uint8_t *flags;                                  /* [n_tokens] KVS_TOKEN_* bits or NULL */
+    const uint8_t *turns;                                  /* [n_tokens] KVS_TEACHER_TURN_* bits or NULL */
+    volatile int *cancel;                                  /* NULL, or nonzero asks to stop (ECANCELLED) */
     bool (*on_row)(void *ctx, const kvs_teacher_row *row); /* NULL, or in token order; false cancels */
     bool (*on_end)(void *ctx, const kvs_session *s);       /* NULL, or once, with the policy session's last state */
     void (*on_progress)(void *ctx, uint64_t n_done, uint64_t n_total); /* NULL, or after each block */
@@ -47,10 +47,10 @@ typedef struct kvs_teacher_result {
     double nll, ref_nll, kl_mean, kl_p99, top1;
     double assistant_nll, assistant_kl_mean;
     /* Time of the policy session alone; NaN when its steps were shared with the reference (prefill_full). */
-    double ttft_ms;           /* the whole stream, every row's logits included */
-    double prefill_tok_per_s; /* likewise */
+    double ttft_ms;                   /* the whole stream, every row's logits included */
+    double prefill_tok_per_s;         /* likewise */
     double tpot_ms, decode_tok_per_s; /* greedy tokens after the stream; NaN when the budget has no room for them */
-    kvs_usage usage;          /* before those tokens, as are positions and health */
+    kvs_usage usage;                  /* before those tokens, as are positions and health */
     kvs_positions positions;
     kvs_health health;
     char policy[512];

@@ -5,6 +5,8 @@
  * page into f32 tiles of the same layout. Output: lanes are dims; six queries beside VF_TILE vectors of values stay in
  * registers over the slots of a page. Dead tiles are skipped, which changes no bit (attention_ref.c says why).
  */
+/* Unrolled steps stand in columns, one step a line. */
+/* clang-format off */
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
 #else

@@ -27,16 +27,16 @@ typedef enum kvs_weight_type {
 /* y = W x for W [n_out][n_in]. Rows beyond n_out in the last panel of 16 are zero. */
 typedef struct kvs_weight {
     kvs_weight_type type;
-    uint32_t n_out, n_in;     /* n_in is a multiple of the type's block */
-    const void *raw;          /* [n_out] rows of raw_row_bytes, the GGUF's own bytes (mmapped); may be NULL once packed */
+    uint32_t n_out, n_in; /* n_in is a multiple of the type's block */
+    const void *raw;      /* [n_out] rows of raw_row_bytes, the GGUF's own bytes (mmapped); may be NULL once packed */
     size_t raw_row_bytes;
-    void *packed;             /* panels of 16 rows, see matmul_pack.c; NULL for KVS_WEIGHT_OTHER */
+    void *packed; /* panels of 16 rows, see matmul_pack.c; NULL for KVS_WEIGHT_OTHER */
     size_t packed_bytes;
     /* KVS_WEIGHT_OTHER (ggml's type traits): */
     void (*to_float)(const void *x, float *y, int64_t n);
     void (*from_float)(const float *x, void *y, int64_t n); /* activations into the type vec_dot takes */
     void (*vec_dot)(int n, float *s, size_t bs, const void *x, size_t bx, const void *y, size_t by, int nrc);
-    size_t act_row_bytes;     /* bytes of one activation row in that type */
+    size_t act_row_bytes; /* bytes of one activation row in that type */
 } kvs_weight;
 
 /* Bytes of the packed form, 0 for types without one. */
@@ -74,7 +74,7 @@ enum {
 /* cos and sin of pos * theta_i, correctly rounded to f32 from double: [n_pos][head_dim / 2][2] as two rows of
  * head_dim / 2: first the cosines, then the sines. Negative angles use sin(-x) = -sin(x). */
 typedef struct kvs_rope_table {
-    const float *rows; /* [n_pos][2][n_freq] */
+    const float *rows;      /* [n_pos][2][n_freq] */
     uint32_t n_pos, n_freq; /* n_freq = rotated dims / 2 */
     const double *theta;    /* [n_freq]: angles beyond the table are computed from it, same values */
 } kvs_rope_table;
@@ -82,10 +82,10 @@ typedef struct kvs_rope_table {
 /* One page of one (layer, KV head) as a kernel sees it. K is f16 or f32 [4 tiles][head_dim][16]; V [64][head_dim]. */
 typedef struct kvs_page_view {
     const void *k, *v;
-    uint64_t live;            /* bit s: slot s counts */
-    const int32_t *rope_pos;  /* [64] where the key stands now */
-    const int32_t *key_rot;   /* [64] the rotation it was written with */
-    bool rotated;             /* some live slot has rope_pos != key_rot */
+    uint64_t live;           /* bit s: slot s counts */
+    const int32_t *rope_pos; /* [64] where the key stands now */
+    const int32_t *key_rot;  /* [64] the rotation it was written with */
+    bool rotated;            /* some live slot has rope_pos != key_rot */
 } kvs_page_view;
 
 /* Attention of n_rows consecutive tokens of one session over one KV head, all query heads of its group.
@@ -97,15 +97,15 @@ typedef struct kvs_page_view {
  * slots; out is divided by l at the end (out * (1 / l)). No live slot: out = 0, lse = -inf. */
 typedef struct kvs_attn_job {
     const kvs_page_view *pages;
-    uint32_t limit0;   /* physical slots row 0 sees; row r sees limit0 + r */
+    uint32_t limit0; /* physical slots row 0 sees; row r sees limit0 + r */
     uint32_t n_rows, group, head_dim;
     bool kv_f32;
     float scale;
-    const float *q;    /* [n_rows][q_stride]; query head g of the group at g * head_dim */
+    const float *q; /* [n_rows][q_stride]; query head g of the group at g * head_dim */
     size_t q_stride;
-    float *out;        /* [n_rows][out_stride], same layout */
+    float *out; /* [n_rows][out_stride], same layout */
     size_t out_stride;
-    float *m, *l;      /* [n_rows][group]: max score, sum of exp; NULL if no tap follows */
+    float *m, *l; /* [n_rows][group]: max score, sum of exp; NULL if no tap follows */
     const kvs_rope_table *rope;
 } kvs_attn_job;
 
@@ -129,10 +129,10 @@ typedef struct kvs_attn_tap {
 /* How far two distributions over the vocabulary are apart; natural logarithms, f32 elements, f64 sums in 16 fixed
  * partial sums. */
 typedef struct kvs_dist_pair {
-    double kl;        /* sum p ln(p/q) */
-    double jsd;       /* [0, ln 2] */
-    double entropy_p; /* nats */
-    double lse_p, lse_q; /* ln sum exp(logits), so that ln p(x) = logit[x] - lse */
+    double kl;                   /* sum p ln(p/q) */
+    double jsd;                  /* [0, ln 2] */
+    double entropy_p;            /* nats */
+    double lse_p, lse_q;         /* ln sum exp(logits), so that ln p(x) = logit[x] - lse */
     uint32_t argmax_p, argmax_q; /* lowest index among equals */
 } kvs_dist_pair;
 
@@ -146,7 +146,7 @@ struct kvs_kernels {
     void (*rope)(float *x, uint32_t n_heads, uint32_t head_dim, const float *cos_sin, uint32_t n_freq);
     /* y[i] = (a[i] / (1 + kvs_expf(-a[i]))) * b[i] */
     void (*swiglu)(float *y, const float *a, const float *b, uint32_t n);
-    void (*add)(float *y, const float *x, uint32_t n); /* y += x */
+    void (*add)(float *y, const float *x, uint32_t n);                 /* y += x */
     double (*logsumexp)(const float *x, uint32_t n, uint32_t *argmax); /* argmax may be NULL */
     void (*dist_pair)(kvs_dist_pair *out, const float *p_logits, const float *q_logits, uint32_t n);
     /* f32 <-> IEEE half, round to nearest even */

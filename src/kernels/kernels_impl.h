@@ -84,22 +84,31 @@ typedef struct kvs_dist_sums {
 } kvs_dist_sums;
 
 /* Where a row without finite logits stands: subtracting an infinite maximum would make NaN of exp(-inf). */
-static inline float kvs_max_or_zero(float max) { return max == -INFINITY ? 0.0f : max; }
+static inline float kvs_max_or_zero(float max)
+{
+    return max == -INFINITY ? 0.0f : max;
+}
 
-static inline double kvs_lse_of(const kvs_dist_sums *s) { return (double)kvs_max_or_zero(s->max) + log(s->sum); }
+static inline double kvs_lse_of(const kvs_dist_sums *s)
+{
+    return (double)kvs_max_or_zero(s->max) + log(s->sum);
+}
 
 /* Parts of attention scratch for one job; all but scores are small. */
 typedef struct kvs_attn_scratch {
-    float *acc; /* [n_query][dim_stride] sums of p v */
-    float *p;   /* [n_query][64] weights of the page at hand */
-    float *v;   /* [64][dim_stride] widened values of the page at hand */
+    float *acc;         /* [n_query][dim_stride] sums of p v */
+    float *p;           /* [n_query][64] weights of the page at hand */
+    float *v;           /* [64][dim_stride] widened values of the page at hand */
     float *m, *l, *sub; /* [n_query]; sub is m, or 0 where no slot was live */
     float *scores;      /* [n_query][score_stride] */
     size_t score_stride, dim_stride;
 } kvs_attn_scratch;
 
 kvs_attn_scratch kvs_attn_scratch_split(const kvs_attn_job *job, void *scratch);
-static inline uint32_t kvs_attn_n_slots(const kvs_attn_job *job) { return job->limit0 + job->n_rows - 1; }
+static inline uint32_t kvs_attn_n_slots(const kvs_attn_job *job)
+{
+    return job->limit0 + job->n_rows - 1;
+}
 
 /* Bits of the slots of page that row attends to. */
 static inline uint64_t kvs_attn_row_mask(const kvs_attn_job *job, uint32_t page, uint32_t row)

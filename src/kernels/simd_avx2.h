@@ -1,6 +1,8 @@
 /* Vectors of 8 floats in the words vector_body.h and attention_body.h are written in. Only *_avx2.c includes this.
  * Each polynomial repeats the steps of its scalar definition in vector_ref.c, so that the bits agree.
  */
+/* Unrolled steps stand in columns, one step a line. */
+/* clang-format off */
 #ifndef KVS_SIMD_AVX2_H
 #define KVS_SIMD_AVX2_H
 

@@ -8,18 +8,18 @@
 /* Hyper-parameters as the file states them, checked against each other. */
 typedef struct kvs_hparams {
     uint32_t n_layers, n_heads, n_kv_heads, head_dim, n_embd, n_ff, vocab_size, window_tokens;
-    uint32_t n_rot;      /* rotated dims of a head */
+    uint32_t n_rot; /* rotated dims of a head */
     float norm_eps;
     float rope_base;
-    float rope_factor;   /* linear scaling: positions are divided by it; 1: none */
+    float rope_factor; /* linear scaling: positions are divided by it; 1: none */
 } kvs_hparams;
 
 typedef enum kvs_tensor_role {
-    KVS_TENSOR_EMBD,      /* of the model: at [role] */
+    KVS_TENSOR_EMBD, /* of the model: at [role] */
     KVS_TENSOR_OUT_NORM,
-    KVS_TENSOR_HEAD,      /* absent: tied to EMBD */
+    KVS_TENSOR_HEAD,       /* absent: tied to EMBD */
     KVS_TENSOR_ROPE_FREQS, /* [n_rot / 2] divisors; absent: ones */
-    KVS_TENSOR_ATTN_NORM, /* of a layer: at [role] of that layer's row */
+    KVS_TENSOR_ATTN_NORM,  /* of a layer: at [role] of that layer's row */
     KVS_TENSOR_Q,
     KVS_TENSOR_K,
     KVS_TENSOR_V,

@@ -23,8 +23,8 @@ static size_t matmul_scratch_bytes(const kvs_model *m, uint32_t rows)
     for (uint32_t i = 0; i < m->info.n_layers; i++) {
         const kvs_layer *l = &m->layers[i];
         const kvs_layer_parts *p = &m->parts[i];
-        const kvs_weight *all[] = {&l->qkv, &l->attn_out, &l->gate_up, &l->ffn_down, &p->q, &p->k, &p->v, &p->gate,
-                                   &p->up};
+        const kvs_weight *all[] = {&l->qkv, &l->attn_out, &l->gate_up, &l->ffn_down, &p->q,
+                                   &p->k,   &p->v,        &p->gate,    &p->up};
         for (size_t j = 0; j < sizeof all / sizeof *all; j++)
             bytes = scratch_for(all[j], rows, t, bytes);
     }
@@ -48,9 +48,12 @@ kvs_status kvs_forward_create(kvs_model *m, kvs_forward **out, kvs_error *err)
         float **at;
         size_t n;
     } buffers[] = {
-        {&f->x, rows * i->n_embd},          {&f->norm, rows * i->n_embd},
-        {&f->qkv, rows * qkv},              {&f->att, rows * i->n_heads * i->head_dim},
-        {&f->gate_up, rows * 2 * i->n_ff},  {&f->act, rows * i->n_ff},
+        {&f->x, rows * i->n_embd},
+        {&f->norm, rows * i->n_embd},
+        {&f->qkv, rows * qkv},
+        {&f->att, rows * i->n_heads * i->head_dim},
+        {&f->gate_up, rows * 2 * i->n_ff},
+        {&f->act, rows * i->n_ff},
         {&f->logits, (size_t)KVS_LOGIT_ROWS_MAX * i->vocab_size},
     };
     bool ok = (f->matmul_scratch = kvs_alloc(m->allocator, 1, matmul)) != NULL;
@@ -74,8 +77,8 @@ void kvs_forward_free(kvs_forward **forward)
         return;
     *forward = NULL;
     const kvs_allocator *a = f->model->allocator;
-    void *all[] = {f->x, f->norm, f->qkv, f->att, f->gate_up, f->act, f->logits, f->matmul_scratch, f->attn_scratch,
-                   f->tap_m};
+    void *all[] = {f->x,      f->norm,           f->qkv,          f->att,  f->gate_up, f->act,
+                   f->logits, f->matmul_scratch, f->attn_scratch, f->tap_m};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         kvs_free(a, all[i]);
     pthread_mutex_destroy(&f->lock);

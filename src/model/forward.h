@@ -8,8 +8,8 @@
 #include <pthread.h>
 
 enum {
-    KVS_STEP_ROWS_MAX = 512,   /* rows of one step over all sessions: beyond this a product gains nothing */
-    KVS_LOGIT_ROWS_MAX = 32,   /* rows whose logits are held at once: 6 MiB at 49,152 tokens */
+    KVS_STEP_ROWS_MAX = 512, /* rows of one step over all sessions: beyond this a product gains nothing */
+    KVS_LOGIT_ROWS_MAX = 32, /* rows whose logits are held at once: 6 MiB at 49,152 tokens */
 };
 
 typedef struct kvs_forward {
@@ -24,10 +24,10 @@ typedef struct kvs_forward {
     float *act;     /* [max_rows][n_ff] */
     float *logits;  /* [KVS_LOGIT_ROWS_MAX][vocab] */
     void *matmul_scratch;
-    void *attn_scratch;      /* [n_threads + 1][attn_scratch_bytes]; grown by the session before a step */
+    void *attn_scratch; /* [n_threads + 1][attn_scratch_bytes]; grown by the session before a step */
     size_t attn_scratch_bytes;
-    float *tap_m, *tap_l;    /* [n_kv_heads][max_rows][group]: made when the first policy records attention */
-    uint64_t bytes; /* all of the above */
+    float *tap_m, *tap_l; /* [n_kv_heads][max_rows][group]: made when the first policy records attention */
+    uint64_t bytes;       /* all of the above */
 } kvs_forward;
 
 /* ENOMEM leaves nothing behind. */

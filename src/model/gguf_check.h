@@ -10,9 +10,9 @@
 typedef struct kvs_gguf_value {
     const char *key;
     size_t key_bytes;
-    uint32_t type;      /* enum gguf_type; of the elements when is_array */
+    uint32_t type; /* enum gguf_type; of the elements when is_array */
     bool is_array;
-    uint64_t n;         /* elements; 1 for a scalar */
+    uint64_t n;          /* elements; 1 for a scalar */
     const uint8_t *data; /* the first element; strings: a u64 length before each */
 } kvs_gguf_value;
 
@@ -20,8 +20,8 @@ typedef struct kvs_gguf_tensor {
     const char *name;
     size_t name_bytes;
     uint32_t n_dims;
-    uint64_t ne[4];  /* fastest axis first, as ggml lists them; 1 beyond n_dims */
-    int type;        /* enum ggml_type, known to this ggml */
+    uint64_t ne[4]; /* fastest axis first, as ggml lists them; 1 beyond n_dims */
+    int type;       /* enum ggml_type, known to this ggml */
     const void *data;
     size_t row_bytes, data_bytes;
 } kvs_gguf_tensor;

@@ -31,22 +31,22 @@ struct kvs_model {
     kvs_pool *pool;
     const kvs_kernels *kernels;
     float norm_eps;
-    uint32_t n_freq;      /* rotated dims / 2 */
-    double *theta;        /* [n_freq] radians per position */
-    float *rope_rows;     /* [rope.n_pos][2][n_freq]; built for info.window_tokens at open */
+    uint32_t n_freq;  /* rotated dims / 2 */
+    double *theta;    /* [n_freq] radians per position */
+    float *rope_rows; /* [rope.n_pos][2][n_freq]; built for info.window_tokens at open */
     kvs_rope_table rope;
     bool rope_like_ggml;
-    kvs_weight embd;      /* [vocab][n_embd], for kvs_weight_row */
-    kvs_weight head;      /* [vocab][n_embd]; shares packed with embd when tied */
+    kvs_weight embd; /* [vocab][n_embd], for kvs_weight_row */
+    kvs_weight head; /* [vocab][n_embd]; shares packed with embd when tied */
     const float *out_norm;
-    kvs_layer *layers;            /* [n_layers] */
-    kvs_layer_parts *parts;       /* [n_layers] */
+    kvs_layer *layers;      /* [n_layers] */
+    kvs_layer_parts *parts; /* [n_layers] */
     kvs_vocab *vocab;
     struct kvs_forward *forward; /* made with the first session; freed by kvs_model_close through kvs_forward_free */
-    void *map;            /* the mmapped file */
+    void *map;                   /* the mmapped file */
     size_t map_bytes;
-    char *strings;        /* path, arch, name */
-    char sha256_hex[65];  /* of the file, filled on first kvs_model_sha256() */
+    char *strings;       /* path, arch, name */
+    char sha256_hex[65]; /* of the file, filled on first kvs_model_sha256() */
 };
 
 /* ggml's f32 recurrence for one position: out [2][n_freq]. Only under rope_like_ggml. */

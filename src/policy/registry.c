@@ -64,9 +64,14 @@ bool kvs_policy_get_info(uint32_t index, kvs_policy_info *info)
     if (ops == NULL)
         return false;
     static const char *const scopes[] = {"shared", "layer", "head"};
-    snprintf(stages, sizeof stages, "schedule=%s score=%s budget=uniform select=top-k(%s) keep=%s dispose=drop "
-             "position=%s", ops->schedule, ops->name, scopes[ops->scope],
-             ops->never_evicts ? "all" : ops->keep != NULL ? ops->keep : "budget-chunk", ops->position);
+    snprintf(stages, sizeof stages,
+             "schedule=%s score=%s budget=uniform select=top-k(%s) keep=%s dispose=drop "
+             "position=%s",
+             ops->schedule, ops->name, scopes[ops->scope],
+             ops->never_evicts   ? "all"
+             : ops->keep != NULL ? ops->keep
+                                 : "budget-chunk",
+             ops->position);
     *info = (kvs_policy_info){
         .name = ops->name,
         .doc = ops->doc,

@@ -8,8 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const char *const schedule_names[KVS_SCHEDULE_COUNT] = {
-    "full", "bytes", "tokens", "once", "chunk", "after_prefill", "step", "every", "turn_end"};
+static const char *const schedule_names[KVS_SCHEDULE_COUNT] = {"full",          "bytes", "tokens", "once",    "chunk",
+                                                               "after_prefill", "step",  "every",  "turn_end"};
 static const char *const position_names[KVS_POSITION_COUNT] = {"rollback", "keep", "rerotate", "gapcap", "recompute"};
 static const char *const stage_names[] = {"schedule", "position", "protect", "keep"};
 
@@ -68,7 +68,7 @@ kvs_status kvs_size_parse(const char *text, uint64_t *bytes, uint64_t *tokens, k
     static const struct {
         const char *suffix;
         double scale; /* bytes; 0: tokens */
-    } units[] = {{"tok", 0}, {"", 0},      {"KiB", 0x1p10}, {"MiB", 0x1p20}, {"GiB", 0x1p30}, {"B", 1},
+    } units[] = {{"tok", 0},  {"", 0},     {"KiB", 0x1p10}, {"MiB", 0x1p20}, {"GiB", 0x1p30}, {"B", 1},
                  {"KB", 1e3}, {"MB", 1e6}, {"GB", 1e9},     {"k", 0x1p10},   {"M", 0x1p20},   {"G", 0x1p30}};
     *bytes = *tokens = 0;
     char *end;
@@ -102,8 +102,10 @@ kvs_status kvs_position_parse(const char *text, kvs_position_mode *mode, int32_t
             return KVS_OK;
         double g;
         if (m != KVS_POSITION_GAPCAP || !parse_double(rest + 1, &g) || g < 1 || g > 1e9 || g != floor(g))
-            return kvs_error_set(err, KVS_EINVAL, "position '%s' with '%.60s': only gapcap takes a number, from 1, as "
-                                 "gapcap:16", position_names[m], next_word(rest + 1, "", &name) ? name.text : "");
+            return kvs_error_set(err, KVS_EINVAL,
+                                 "position '%s' with '%.60s': only gapcap takes a number, from 1, as "
+                                 "gapcap:16",
+                                 position_names[m], next_word(rest + 1, "", &name) ? name.text : "");
         *gap_cap = (int32_t)g;
         return KVS_OK;
     }
@@ -142,8 +144,8 @@ static kvs_status parse_param(const char *name, const char *value, kvs_policy *p
             continue;
         double x;
         if (!parse_double(value, &x) || x < ops->params[i].min || x > ops->params[i].max)
-            return kvs_error_set(err, KVS_EINVAL, "%s: %s '%.60s' must be a number from %g to %g", ops->name, name, value,
-                                 ops->params[i].min, ops->params[i].max);
+            return kvs_error_set(err, KVS_EINVAL, "%s: %s '%.60s' must be a number from %g to %g", ops->name, name,
+                                 value, ops->params[i].min, ops->params[i].max);
         p->params[i] = x;
         return KVS_OK;
     }
@@ -190,8 +192,11 @@ static kvs_status parse_schedule(const char *text, kvs_policy *p, kvs_error *err
     if (kind == KVS_SCHEDULE_ONCE && strncmp(args, "at=", 3) == 0)
         args += 3;
     if (takes_size ? *args == '\0' : has_argument)
-        return kvs_error_set(err, KVS_EINVAL, takes_size ? "schedule '%s' needs a size, as bytes:600MiB, tokens:4800, "
-                             "once:at=3000tok, every:128" : "schedule '%s' takes no argument", name.text);
+        return kvs_error_set(err, KVS_EINVAL,
+                             takes_size ? "schedule '%s' needs a size, as bytes:600MiB, tokens:4800, "
+                                          "once:at=3000tok, every:128"
+                                        : "schedule '%s' takes no argument",
+                             name.text);
     if (!takes_size)
         return KVS_OK;
     uint64_t bytes, tokens;

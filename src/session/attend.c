@@ -176,8 +176,7 @@ static void attend_task(void *ctx, uint32_t task, uint32_t thread)
     const uint32_t head = in_run % n_kv_heads, row = in_run / n_kv_heads * KVS_ATTN_ROWS_MAX;
     const thread_scratch s = scratch_of(t, thread);
     kvs_cache_views(run->session->cache, t->layer, head, s.views, NULL);
-    const kvs_attn_job job =
-        make_job(t, run, head, row, kvs_min_u32(KVS_ATTN_ROWS_MAX, run->n_rows - row), s.views);
+    const kvs_attn_job job = make_job(t, run, head, row, kvs_min_u32(KVS_ATTN_ROWS_MAX, run->n_rows - row), s.views);
     t->f->model->kernels->attend(&job, s.kernel);
 }
 
@@ -186,7 +185,7 @@ static void attend_task(void *ctx, uint32_t task, uint32_t thread)
 typedef struct split_task {
     layer_task layer;
     uint32_t n_ranges, n_parts, n_slots;
-    size_t stride;      /* of a score row */
+    size_t stride; /* of a score row */
     float *scores, *m_part, *m;
 } split_task;
 
@@ -253,8 +252,8 @@ static void attend_split(const layer_task *layer)
     t.n_ranges = (t.n_slots + SCORE_RANGE_SLOTS - 1) / SCORE_RANGE_SLOTS;
     t.n_parts = (i->head_dim + OUTPUT_DIMS - 1) / OUTPUT_DIMS;
     t.stride = kvs_round_up(t.n_slots, KVS_TILE_SLOTS);
-    t.scores = (float *)(void *)((uint8_t *)f->attn_scratch +
-                                 kvs_pool_n_threads(f->model->pool) * f->attn_scratch_bytes);
+    t.scores =
+        (float *)(void *)((uint8_t *)f->attn_scratch + kvs_pool_n_threads(f->model->pool) * f->attn_scratch_bytes);
     t.m_part = t.scores + (size_t)i->n_heads * t.stride;
     kvs_pool_run(f->model->pool, split_scores_task, &t, i->n_kv_heads * t.n_ranges);
     kvs_pool_run(f->model->pool, split_output_task, &t, i->n_kv_heads * t.n_parts);

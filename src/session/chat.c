@@ -80,8 +80,12 @@ kvs_status kvs_generate(kvs_session *s, float *logits, const kvs_sampling *param
 {
     kvs_sampling defaults;
     kvs_sampling_default(&defaults);
-    answer a = {.s = s, .params = params != NULL ? params : &defaults, .on_token = on_token, .ctx = ctx,
-                .feed_eog = true, .t_submit = kvs_now_ns()};
+    answer a = {.s = s,
+                .params = params != NULL ? params : &defaults,
+                .on_token = on_token,
+                .ctx = ctx,
+                .feed_eog = true,
+                .t_submit = kvs_now_ns()};
     KVS_TRY(kvs_sampler_create(s->allocator, s->model->info.vocab_size, a.params, &a.sampler, err));
     const kvs_status status = produce(&a, logits, err);
     kvs_sampler_free(a.sampler);
@@ -123,8 +127,12 @@ kvs_status kvs_chat_turn(kvs_session *s, const char *user, const char *system, c
 {
     kvs_sampling defaults;
     kvs_sampling_default(&defaults);
-    answer a = {.s = s, .params = params != NULL ? params : &defaults, .on_token = on_token, .ctx = ctx,
-                .t_submit = kvs_now_ns(), .stop = "failed"};
+    answer a = {.s = s,
+                .params = params != NULL ? params : &defaults,
+                .on_token = on_token,
+                .ctx = ctx,
+                .t_submit = kvs_now_ns(),
+                .stop = "failed"};
     kvs_rendered prompt = {0}, tail = {0};
     uint64_t t_prefilled = a.t_submit;
     float *logits = NULL;

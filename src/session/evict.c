@@ -16,8 +16,8 @@ kvs_status kvs_evict_scratch_create(kvs_session *s, kvs_error *err)
     kvs_cache_meter meter;
     kvs_cache_get_meter(s->cache, &meter);
     /* A budget in bytes lets a ragged policy give one head most of it; uniform ones need the share of one. */
-    const uint64_t n = meter.budget_tokens > kvs_cache_live_max(s->cache) ? meter.budget_tokens
-                                                                          : kvs_cache_live_max(s->cache);
+    const uint64_t n =
+        meter.budget_tokens > kvs_cache_live_max(s->cache) ? meter.budget_tokens : kvs_cache_live_max(s->cache);
     e->n_slots = (uint32_t)n + KVS_PAGE_SLOTS;
     const size_t n_heads = (size_t)s->model->info.n_layers * s->model->info.n_kv_heads;
     e->n_keep = n_heads * e->n_slots;
@@ -47,8 +47,8 @@ kvs_status kvs_evict_scratch_create(kvs_session *s, kvs_error *err)
 void kvs_evict_scratch_free(kvs_session *s)
 {
     kvs_evict_scratch *e = &s->scratch;
-    void *all[] = {e->pos,    e->rope_pos, e->token,    e->flags,     e->scores,  e->score_sum, e->select,
-                   e->keep,   e->kept_pos, e->kept_rope, e->side[0], e->side[1], e->side[2]};
+    void *all[] = {e->pos,  e->rope_pos, e->token,     e->flags,   e->scores,  e->score_sum, e->select,
+                   e->keep, e->kept_pos, e->kept_rope, e->side[0], e->side[1], e->side[2]};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         kvs_free(s->allocator, all[i]);
     memset(e, 0, sizeof *e);
@@ -161,9 +161,8 @@ static kvs_status select_heads(kvs_session *s, uint32_t begin, uint32_t end, uin
     const uint64_t t0 = kvs_now_ns();
     const kvs_policy_view v = score_heads(s, begin, end);
     const uint64_t t1 = kvs_now_ns();
-    const uint32_t target = keep_override != 0
-                                ? kvs_max_u32(keep_override, kvs_protected_count(&s->policy.protect, &v))
-                                : kvs_policy_target(&s->policy, &v, kvs_keep_default(s));
+    const uint32_t target = keep_override != 0 ? kvs_max_u32(keep_override, kvs_protected_count(&s->policy.protect, &v))
+                                               : kvs_policy_target(&s->policy, &v, kvs_keep_default(s));
     uint8_t *keep = e->keep + (size_t)begin * e->n_slots;
     KVS_TRY(kvs_select(&s->policy.protect, &v, e->scores, target, keep, e->select, err));
     for (uint32_t h = begin + 1; h < end; h++)
@@ -240,8 +239,8 @@ static kvs_status recompute(kvs_session *s, kvs_forward *f, kvs_error *err)
     return KVS_OK;
 }
 
-kvs_status kvs_evict(kvs_session *s, kvs_forward *forward, uint32_t keep_override, const char *path,
-                     const char *reason, bool *progress, kvs_error *err)
+kvs_status kvs_evict(kvs_session *s, kvs_forward *forward, uint32_t keep_override, const char *path, const char *reason,
+                     bool *progress, kvs_error *err)
 {
     *progress = false;
     const uint64_t t0 = kvs_now_ns(), live_before = kvs_cache_live_total(s->cache);

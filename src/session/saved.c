@@ -14,11 +14,26 @@ static void pack(const kvs_session *s, uint64_t words[FIXED_WORDS], size_t cache
     uint64_t mass_lost;
     memcpy(&mass_lost, &s->mass_lost, sizeof mass_lost);
     const uint64_t all[FIXED_WORDS] = {
-        SAVED_MAGIC,        i->weight_bytes,          i->vocab_size,     s->options.arith,
-        s->options.seed,    s->n_tokens,              s->n_tokens_evicted_at, s->schedule_mark,
-        (uint64_t)s->uniform | (uint64_t)s->layer_uniform << 1, s->forward_open,          s->last_was_prompt, mass_lost,
-        s->n_evictions,     s->n_slots_evicted,       s->evict_ns,       s->score_ns,
-        s->select_ns,       s->move_ns,               s->footprint_skip, cache_bytes,
+        SAVED_MAGIC,
+        i->weight_bytes,
+        i->vocab_size,
+        s->options.arith,
+        s->options.seed,
+        s->n_tokens,
+        s->n_tokens_evicted_at,
+        s->schedule_mark,
+        (uint64_t)s->uniform | (uint64_t)s->layer_uniform << 1,
+        s->forward_open,
+        s->last_was_prompt,
+        mass_lost,
+        s->n_evictions,
+        s->n_slots_evicted,
+        s->evict_ns,
+        s->score_ns,
+        s->select_ns,
+        s->move_ns,
+        s->footprint_skip,
+        cache_bytes,
     };
     memcpy(words, all, sizeof all);
 }
@@ -54,8 +69,10 @@ static kvs_status check_words(const kvs_session *s, const uint64_t *words, size_
         return kvs_error_set(err, KVS_EFORMAT, "not a saved session: it begins with %08llx, not %08x",
                              (unsigned long long)words[0], SAVED_MAGIC);
     if (words[1] != i->weight_bytes || words[2] != i->vocab_size)
-        return kvs_error_set(err, KVS_EFORMAT, "saved session is of another model (%llu bytes of weights, this one has "
-                             "%llu)", (unsigned long long)words[1], (unsigned long long)i->weight_bytes);
+        return kvs_error_set(err, KVS_EFORMAT,
+                             "saved session is of another model (%llu bytes of weights, this one has "
+                             "%llu)",
+                             (unsigned long long)words[1], (unsigned long long)i->weight_bytes);
     if (words[3] != (uint64_t)s->options.arith)
         return kvs_error_set(err, KVS_EFORMAT, "saved session ran in --arith %s, this one runs in %s",
                              words[3] == KVS_ARITH_F32 ? "f32" : "native",

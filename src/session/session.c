@@ -48,11 +48,12 @@ static kvs_status check_budget(const kvs_session *s, kvs_error *err)
     const kvs_protect *p = &s->policy.protect;
     const uint64_t least = s->policy.ops->never_evicts ? 1 : (uint64_t)p->sinks + p->recent + 1;
     if (m.budget_tokens < least)
-        return kvs_error_set(err, KVS_EBUDGET,
-                             "budget of %llu tokens a head (%llu bytes) cannot hold what is protected (sinks %u, recent "
-                             "%u) plus one token; it must be at least %llutok",
-                             (unsigned long long)m.budget_tokens, (unsigned long long)m.budget_bytes, p->sinks,
-                             p->recent, (unsigned long long)least);
+        return kvs_error_set(
+            err, KVS_EBUDGET,
+            "budget of %llu tokens a head (%llu bytes) cannot hold what is protected (sinks %u, recent "
+            "%u) plus one token; it must be at least %llutok",
+            (unsigned long long)m.budget_tokens, (unsigned long long)m.budget_bytes, p->sinks, p->recent,
+            (unsigned long long)least);
     if (s->policy.schedule == KVS_SCHEDULE_TOKENS && s->policy.schedule_value > m.budget_tokens &&
         !s->policy.ops->never_evicts)
         return kvs_error_set(err, KVS_EINVAL, "trigger tokens:%llu is over the budget of %llu tokens",
@@ -227,9 +228,9 @@ kvs_status kvs_session_turn_begin(kvs_session *s, kvs_error *err)
         return KVS_OK;
     kvs_cache_meter m;
     kvs_cache_get_meter(s->cache, &m);
-    const bool due = (s->policy.schedule == KVS_SCHEDULE_TOKENS &&
-                      kvs_cache_live_max(s->cache) >= s->policy.schedule_value) ||
-                     (s->policy.schedule == KVS_SCHEDULE_BYTES && m.live_bytes >= s->policy.schedule_value);
+    const bool due =
+        (s->policy.schedule == KVS_SCHEDULE_TOKENS && kvs_cache_live_max(s->cache) >= s->policy.schedule_value) ||
+        (s->policy.schedule == KVS_SCHEDULE_BYTES && m.live_bytes >= s->policy.schedule_value);
     return due ? evict_locked(s, 0, "pre_turn", s->policy.schedule == KVS_SCHEDULE_BYTES ? "bytes" : "tokens", err)
                : KVS_OK;
 }

@@ -9,14 +9,14 @@
 
 /* Arrays an eviction works in, sized at create so that it allocates nothing. */
 typedef struct kvs_evict_scratch {
-    uint32_t n_slots;  /* of one head */
+    uint32_t n_slots;                /* of one head */
     int32_t *pos, *rope_pos, *token; /* [n_slots] */
     uint8_t *flags;
     float *side[KVS_SIDE_COUNT];
     float *scores;
     double *score_sum;
     uint64_t *select;
-    uint8_t *keep;     /* [n_keep]: all heads one after another */
+    uint8_t *keep; /* [n_keep]: all heads one after another */
     size_t n_keep;
     int32_t *kept_pos, *kept_rope; /* [n_slots] */
     uint64_t bytes;
@@ -28,20 +28,20 @@ struct kvs_session {
     kvs_session_options options; /* policy and position strings are not kept: see `policy` */
     kvs_policy policy;
     kvs_cache *cache;
-    uint64_t n_tokens;          /* said: the next token_idx */
+    uint64_t n_tokens;            /* said: the next token_idx */
     uint64_t n_tokens_evicted_at; /* n_tokens at the last eviction: truncation cannot go below */
-    uint64_t schedule_mark;     /* every: n_tokens of the last event; once: 1 after it */
+    uint64_t schedule_mark;       /* every: n_tokens of the last event; once: 1 after it */
     uint32_t chunk_tokens;
-    bool uniform;               /* every head holds the same tokens */
-    bool layer_uniform;         /* every head of a layer does */
-    bool forward_open;          /* the mass of the latest forward goes on accumulating */
-    bool last_was_prompt;       /* the newest row was not the assistant's: a decode step now ends the prefill */
-    double mass_lost;           /* EMA over events; -1: never recorded */
+    bool uniform;         /* every head holds the same tokens */
+    bool layer_uniform;   /* every head of a layer does */
+    bool forward_open;    /* the mass of the latest forward goes on accumulating */
+    bool last_was_prompt; /* the newest row was not the assistant's: a decode step now ends the prefill */
+    double mass_lost;     /* EMA over events; -1: never recorded */
     uint64_t n_evictions, n_slots_evicted, evict_ns, score_ns, select_ns, move_ns;
-    uint64_t footprint_skip;    /* slots counted by recomputation, not by new tokens */
+    uint64_t footprint_skip; /* slots counted by recomputation, not by new tokens */
     bool saw_nan;
-    uint64_t perturb_seed;      /* != 0: layer 0's q, k, v move by one unit in the last place (the noise floor) */
-    uint8_t *flag_log;          /* [n_tokens] flags of everything said: one byte a token, outside the budget */
+    uint64_t perturb_seed; /* != 0: layer 0's q, k, v move by one unit in the last place (the noise floor) */
+    uint8_t *flag_log;     /* [n_tokens] flags of everything said: one byte a token, outside the budget */
     size_t flag_log_capacity;
     kvs_evict_scratch scratch;
     void (*on_event)(void *ctx, const kvs_event *event);
@@ -50,8 +50,8 @@ struct kvs_session {
 
 /* evict.c: evicts once. keep_override 0: what the policy says. *progress is false when the policy drops nothing.
  * forward: the workspace, locked, for mode recompute. Errors leave the session unchanged. */
-kvs_status kvs_evict(kvs_session *s, kvs_forward *forward, uint32_t keep_override, const char *path,
-                     const char *reason, bool *progress, kvs_error *err);
+kvs_status kvs_evict(kvs_session *s, kvs_forward *forward, uint32_t keep_override, const char *path, const char *reason,
+                     bool *progress, kvs_error *err);
 /* Slots a head keeps where a policy has no keep of its own: the trigger or the budget less one chunk. */
 uint32_t kvs_keep_default(const kvs_session *s);
 kvs_status kvs_evict_scratch_create(kvs_session *s, kvs_error *err);
@@ -75,8 +75,8 @@ size_t kvs_attend_scratch_bytes(const kvs_model *m, const kvs_attend_run *runs, 
 void kvs_attend(void *ctx, kvs_forward *f, uint32_t layer, uint32_t n_rows);
 
 /* step.c: appends n tokens at positions pos and runs them, without schedule and logits. Room must be there. */
-kvs_status kvs_step_raw(kvs_session *s, kvs_forward *f, const int32_t *tokens, const uint8_t *flags,
-                        const int32_t *pos, uint32_t n, kvs_error *err);
+kvs_status kvs_step_raw(kvs_session *s, kvs_forward *f, const int32_t *tokens, const uint8_t *flags, const int32_t *pos,
+                        uint32_t n, kvs_error *err);
 kvs_status kvs_session_forward(kvs_session *s, kvs_forward **out, kvs_error *err);
 
 /* The noise floor: from now on this session's inputs are nudged by one rounding step, up or down by the seed. */

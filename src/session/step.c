@@ -19,8 +19,8 @@ static uint32_t rows_until_bytes(const kvs_session *s, uint64_t trigger_bytes)
     if (m.live_bytes >= trigger_bytes)
         return 0;
     const kvs_model_info *i = &s->model->info;
-    const uint64_t row_bytes = (uint64_t)i->n_layers * i->n_kv_heads * 2 * i->head_dim *
-                               (s->options.kv_type == KVS_KV_F32 ? 4 : 2);
+    const uint64_t row_bytes =
+        (uint64_t)i->n_layers * i->n_kv_heads * 2 * i->head_dim * (s->options.kv_type == KVS_KV_F32 ? 4 : 2);
     const uint64_t rows = (trigger_bytes - m.live_bytes + row_bytes - 1) / row_bytes;
     return rows > UINT32_MAX ? UINT32_MAX : (uint32_t)rows;
 }
@@ -35,8 +35,8 @@ static uint32_t rows_until_tokens(const kvs_session *s, uint64_t trigger_tokens)
 }
 
 typedef struct plan {
-    bool act;           /* the schedule asks for an eviction now */
-    uint32_t rows_max;  /* rows until it asks again */
+    bool act;          /* the schedule asks for an eviction now */
+    uint32_t rows_max; /* rows until it asks again */
     const char *reason;
 } plan;
 
@@ -103,8 +103,8 @@ static kvs_status refuse(const kvs_session *s, uint32_t n_more, kvs_error *err)
     kvs_cache_get_meter(s->cache, &m);
     return kvs_error_set(err, KVS_EBUDGET,
                          "%s: %u more tokens do not fit: %u slots a head are held of %llu (%llu bytes) and %s",
-                         s->policy.ops->name, n_more, kvs_cache_live_max(s->cache),
-                         (unsigned long long)m.budget_tokens, (unsigned long long)m.budget_bytes,
+                         s->policy.ops->name, n_more, kvs_cache_live_max(s->cache), (unsigned long long)m.budget_tokens,
+                         (unsigned long long)m.budget_bytes,
                          s->policy.ops->never_evicts ? "it never evicts" : "its keep leaves no room for the next");
 }
 
@@ -164,7 +164,8 @@ static kvs_status plan_rows(kvs_session *s, kvs_forward *f, const kvs_run *run, 
     if (hold && room < left && is_answer(run, run->n_tokens - 1) == answer)
         return kvs_error_set(err, KVS_EBUDGET,
                              "prefill full needs room for the whole prompt: %u more tokens, room for %u; raise the "
-                             "budget or use prefill chunked", left, room);
+                             "budget or use prefill chunked",
+                             left, room);
     while (room == 0) {
         if (s->policy.ops->never_evicts)
             return refuse(s, left, err);
@@ -259,8 +260,8 @@ static kvs_status run_forward(kvs_forward *f, step_rows *rows, kvs_arith arith, 
     return KVS_OK;
 }
 
-kvs_status kvs_step_raw(kvs_session *s, kvs_forward *f, const int32_t *tokens, const uint8_t *flags,
-                        const int32_t *pos, uint32_t n, kvs_error *err)
+kvs_status kvs_step_raw(kvs_session *s, kvs_forward *f, const int32_t *tokens, const uint8_t *flags, const int32_t *pos,
+                        uint32_t n, kvs_error *err)
 {
     static _Thread_local step_rows rows;
     rows = (step_rows){.n_runs = 1, .n_rows = n};
@@ -320,8 +321,10 @@ static kvs_status check_runs(kvs_run *runs, uint32_t n_runs, kvs_error *err)
         const kvs_session *s = runs[i].session;
         runs[i].status = KVS_OK;
         if (s == NULL || s->model != runs[0].session->model || s->options.arith != runs[0].session->options.arith)
-            return runs[i].status = kvs_error_set(err, KVS_EINVAL, "session %u of a step is of another model or "
-                                                  "arithmetic than the first", i);
+            return runs[i].status = kvs_error_set(err, KVS_EINVAL,
+                                                  "session %u of a step is of another model or "
+                                                  "arithmetic than the first",
+                                                  i);
         for (uint32_t j = 0; j < i; j++)
             if (runs[j].session == s)
                 return runs[i].status = kvs_error_set(err, KVS_EINVAL, "session %u of a step is also session %u", i, j);

@@ -95,9 +95,30 @@ static const char *const samples[] = {
     "600MiB",
     "gapcap:7",
 };
-static const char *const tokens[] = {"+", ":", ",", "=", " ", "tok", "MiB", "1e9", "0x10", "nan", "-0", "1e-320", "none",
-                                     "baseline", "evict_oldest", "+keep=", "+position=", "+protect=", "+schedule=", "\x7f",
-                                     "\r", "9999999999", "0.30000000000000004", "after_prefill"};
+static const char *const tokens[] = {"+",
+                                     ":",
+                                     ",",
+                                     "=",
+                                     " ",
+                                     "tok",
+                                     "MiB",
+                                     "1e9",
+                                     "0x10",
+                                     "nan",
+                                     "-0",
+                                     "1e-320",
+                                     "none",
+                                     "baseline",
+                                     "evict_oldest",
+                                     "+keep=",
+                                     "+position=",
+                                     "+protect=",
+                                     "+schedule=",
+                                     "\x7f",
+                                     "\r",
+                                     "9999999999",
+                                     "0.30000000000000004",
+                                     "after_prefill"};
 
 static size_t mutate(kvs_rng *rng, char *text, size_t n, size_t cap)
 {

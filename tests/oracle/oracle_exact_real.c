@@ -59,8 +59,13 @@ static kvs_run part(kvs_session *s, uint32_t from, uint32_t to, uint8_t want[N],
     for (uint32_t i = from; i < to; i++)
         want[i - from] = is_compared(i);
     r->base = from;
-    return (kvs_run){.session = s, .tokens = tokens + from, .flags = flags + from, .n_tokens = to - from,
-                     .on_logits = on_logits, .want = want, .ctx = r};
+    return (kvs_run){.session = s,
+                     .tokens = tokens + from,
+                     .flags = flags + from,
+                     .n_tokens = to - from,
+                     .on_logits = on_logits,
+                     .want = want,
+                     .ctx = r};
 }
 
 static void extend(kvs_session *s, uint32_t from, uint32_t to, uint32_t slice, rows *r)
@@ -243,7 +248,8 @@ int main(int argc, char **argv)
     size_t n_tokens;
     kvs_error err = {.message = ""};
     if (kvs_tokenize(models[0], text, kvs_utf8_valid_prefix(text, n_text), true, false, tokens, TEXT_BYTES, &n_tokens,
-                     &err) != KVS_OK || n_tokens < N)
+                     &err) != KVS_OK ||
+        n_tokens < N)
         die("the text is too short or", err.message);
     for (uint32_t i = 0; i < N; i++) /* user and assistant in turns of 70 */
         flags[i] = i / 70 % 2 ? KVS_TOKEN_ASSISTANT : KVS_TOKEN_USER;
@@ -251,8 +257,10 @@ int main(int argc, char **argv)
         {.name = "native", .budget = 8192, .arith = KVS_ARITH_NATIVE},
         {.name = "f32", .budget = 8192, .arith = KVS_ARITH_F32},
         {.name = "native, evicting", .policy = "attention_top:keep=0.8", .budget = 256, .arith = KVS_ARITH_NATIVE},
-        {.name = "f32, evicting by head", .policy = "attention_top:acc=1,scope=2,keep=0.7 +position=rollback",
-         .budget = 256, .arith = KVS_ARITH_F32},
+        {.name = "f32, evicting by head",
+         .policy = "attention_top:acc=1,scope=2,keep=0.7 +position=rollback",
+         .budget = 256,
+         .arith = KVS_ARITH_F32},
     };
     for (size_t i = 0; i < sizeof settings / sizeof *settings; i++)
         run_setting(models, &settings[i], 64);

@@ -256,7 +256,8 @@ int main(int argc, char **argv)
     if (kvs_model_open(model_path, NULL, &m, &err) != KVS_OK)
         die("open", err.message);
     if (kvs_tokenize(m, text, kvs_utf8_valid_prefix(text, n_text), true, false, tokens, TEXT_BYTES, &n_tokens, &err) !=
-            KVS_OK || n_tokens < N_TOKENS)
+            KVS_OK ||
+        n_tokens < N_TOKENS)
         die("the text is too short or", err.message);
     run(m, tokens);
     kvs_model_close(&m);

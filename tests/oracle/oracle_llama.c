@@ -154,8 +154,8 @@ static kvs_session *open_session(kvs_model *m, kvs_arith arith, kvs_kv_type kv)
 static void extend(kvs_session *s, const int32_t *tokens, uint32_t begin, const uint8_t *want, compare *c)
 {
     c->at = 0;
-    kvs_run run = {.session = s, .tokens = tokens + begin, .n_tokens = BLOCK, .on_logits = on_logits, .want = want,
-                   .ctx = c};
+    kvs_run run = {
+        .session = s, .tokens = tokens + begin, .n_tokens = BLOCK, .on_logits = on_logits, .want = want, .ctx = c};
     kvs_error err;
     if (kvs_step(&run, 1, &err) != KVS_OK)
         die("kvs_step", err.message);
@@ -204,7 +204,8 @@ int main(int argc, char **argv)
 
     reference ref_wide = open_reference(wide, true), ref = open_reference(model_path, false);
     kvs_session *s_wide = open_session(m_wide, KVS_ARITH_F32, KVS_KV_F32);
-    kvs_session *s_same = open_session(m, KVS_ARITH_F32, KVS_KV_F32), *s = open_session(m, KVS_ARITH_NATIVE, KVS_KV_F16);
+    kvs_session *s_same = open_session(m, KVS_ARITH_F32, KVS_KV_F32),
+                *s = open_session(m, KVS_ARITH_NATIVE, KVS_KV_F16);
     const uint32_t vocab = info.vocab_size;
     float *wide_logits = calloc((size_t)BLOCK / STRIDE * vocab, sizeof(float));
     float *ref_logits = calloc((size_t)BLOCK / STRIDE * vocab, sizeof(float));

@@ -76,9 +76,9 @@ static void reference_open(reference *r, const kvs_model *m)
     kvs_model_get_info(m, &r->i);
     r->layers = need(calloc(r->i.n_layers, sizeof *r->layers));
     for (uint32_t l = 0; l < r->i.n_layers; l++)
-        r->layers[l] = (ref_layer){widen(&m->layers[l].qkv),     widen(&m->layers[l].attn_out),
-                                   widen(&m->layers[l].gate_up), widen(&m->layers[l].ffn_down),
-                                   m->layers[l].attn_norm,       m->layers[l].ffn_norm};
+        r->layers[l] =
+            (ref_layer){widen(&m->layers[l].qkv),      widen(&m->layers[l].attn_out), widen(&m->layers[l].gate_up),
+                        widen(&m->layers[l].ffn_down), m->layers[l].attn_norm,        m->layers[l].ffn_norm};
     r->embd = widen(&m->embd);
     r->head = widen(&m->head);
     const size_t n = (size_t)r->i.n_layers * r->i.n_kv_heads * N;
@@ -180,8 +180,7 @@ static void attend(reference *r, uint32_t layer, const double *qkv, uint32_t t, 
                dh * sizeof(double));
         r->rope[kv * N + t] = r->next[kv];
         for (uint32_t g = 0; g < group; g++)
-            attend_head(r, kv, qkv + (size_t)(h * group + g) * dh, r->next[kv], t,
-                        out + (size_t)(h * group + g) * dh);
+            attend_head(r, kv, qkv + (size_t)(h * group + g) * dh, r->next[kv], t, out + (size_t)(h * group + g) * dh);
         r->next[kv]++;
     }
 }
@@ -216,8 +215,8 @@ static void reference_token(reference *r, int32_t token, uint32_t t, double *log
 typedef struct event_log {
     const kvs_session *s;
     uint32_t n;
-    uint32_t at[N];     /* tokens said when it happened */
-    uint8_t *kept[N];   /* [layer][kv head][N] */
+    uint32_t at[N];   /* tokens said when it happened */
+    uint8_t *kept[N]; /* [layer][kv head][N] */
 } event_log;
 
 static void on_event(void *ctx, const kvs_event *event)
@@ -231,8 +230,8 @@ static void on_event(void *ctx, const kvs_event *event)
     uint8_t *kept = log->kept[log->n++] = need(calloc(heads, N));
     int32_t pos[N];
     for (size_t h = 0; h < heads; h++) {
-        const uint32_t n = kvs_session_keep_set(log->s, (uint32_t)(h / i->n_kv_heads), (uint32_t)(h % i->n_kv_heads),
-                                                pos, NULL, N);
+        const uint32_t n =
+            kvs_session_keep_set(log->s, (uint32_t)(h / i->n_kv_heads), (uint32_t)(h % i->n_kv_heads), pos, NULL, N);
         for (uint32_t k = 0; k < n && k < N; k++)
             kept[h * N + (uint32_t)pos[k]] = 1;
     }

@@ -138,12 +138,21 @@ static void ragged_sets_and_every_schedule_stay_inside_too(void **state)
 {
     (void)state;
     static const char *const specs[] = {
-        "attention_top:acc=1,scope=2", "attention_bottom:acc=2,scope=1,keep=0.5", "attention_top:acc=3,scope=2,norm=1",
-        "streaming +schedule=step", "random:keep=0.3 +schedule=every:7", "evict_oldest +schedule=chunk",
-        "sliding_window +schedule=tokens:40", "sliding_window:keep=1", "random:keep=60tok +schedule=once:at=33tok",
-        "attention_top +schedule=after_prefill +protect=recent:30", "streaming +schedule=bytes:9000B +protect=none",
-        "llama_context_shift:n_keep=1000000", "sliding_window_gist:gist=0,recent=0 +protect=none",
-        "sliding_window_gist:gist=30,recent=30", "streaming +schedule=turn_end +protect=sinks:20,recent:20,template",
+        "attention_top:acc=1,scope=2",
+        "attention_bottom:acc=2,scope=1,keep=0.5",
+        "attention_top:acc=3,scope=2,norm=1",
+        "streaming +schedule=step",
+        "random:keep=0.3 +schedule=every:7",
+        "evict_oldest +schedule=chunk",
+        "sliding_window +schedule=tokens:40",
+        "sliding_window:keep=1",
+        "random:keep=60tok +schedule=once:at=33tok",
+        "attention_top +schedule=after_prefill +protect=recent:30",
+        "streaming +schedule=bytes:9000B +protect=none",
+        "llama_context_shift:n_keep=1000000",
+        "sliding_window_gist:gist=0,recent=0 +protect=none",
+        "sliding_window_gist:gist=30,recent=30",
+        "streaming +schedule=turn_end +protect=sinks:20,recent:20,template",
     };
     kvs_rng rng = {2};
     for (uint32_t i = 0; i < sizeof specs / sizeof *specs; i++) {

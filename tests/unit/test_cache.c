@@ -130,8 +130,8 @@ static void compare_head(const naive *n, uint32_t h)
         float key[DIM_MAX], value[DIM_MAX];
         kvs_cache_read_slot(n->cache, layer, head, i, key, value);
         for (uint32_t d = 0; d < dh; d++)
-            CHECK(n, key[d] == content(&want->lines[i], h, d, false) &&
-                         value[d] == content(&want->lines[i], h, d, true));
+            CHECK(n,
+                  key[d] == content(&want->lines[i], h, d, false) && value[d] == content(&want->lines[i], h, d, true));
     }
 }
 
@@ -198,8 +198,11 @@ static void do_append(naive *n, uint32_t n_rows)
         naive_head *head = &n->heads[h];
         for (uint32_t i = 0; i < n_rows; i++) {
             CHECK(n, head->n < LINES_MAX);
-            head->lines[head->n++] = (line){.pos = pos[i], .rope_pos = head->next_rope, .key_rot = head->next_rope,
-                                            .token = tokens[i], .flags = flags[i]};
+            head->lines[head->n++] = (line){.pos = pos[i],
+                                            .rope_pos = head->next_rope,
+                                            .key_rot = head->next_rope,
+                                            .token = tokens[i],
+                                            .flags = flags[i]};
             head->next_rope++;
             n->footprint += head->n;
         }
@@ -308,8 +311,7 @@ static void op_side(naive *n)
     uint32_t i = 0;
     for (uint32_t p = 0; p < n_pages; p++)
         for (uint64_t bits = views[p].live; bits != 0; bits &= bits - 1, i++)
-            pages[p][__builtin_ctzll(bits)] = n->heads[h].lines[i].side[which] =
-                (float)(kvs_rng_next(n->rng) & 0xffff);
+            pages[p][__builtin_ctzll(bits)] = n->heads[h].lines[i].side[which] = (float)(kvs_rng_next(n->rng) & 0xffff);
 }
 
 static void op_compact(naive *n)
@@ -322,8 +324,8 @@ static void op_compact(naive *n)
     const uint32_t freed = kvs_cache_compact(n->cache, layer, head);
     kvs_cache_get_meter(n->cache, &after);
     CHECK(n, kvs_cache_n_physical(n->cache, layer, head) == n->heads[h].n);
-    CHECK(n, before.reserved_bytes + before.side_bytes - after.reserved_bytes - after.side_bytes ==
-                 freed * n->page_bytes);
+    CHECK(n,
+          before.reserved_bytes + before.side_bytes - after.reserved_bytes - after.side_bytes == freed * n->page_bytes);
 }
 
 /* Into itself, or into a fresh cache that takes its place. */
@@ -389,8 +391,8 @@ static void step(naive *n)
 static void describe(naive *n)
 {
     n->n_heads = n->config.n_layers * n->config.n_kv_heads;
-    n->page_bytes = (kvs_cache_bytes_for_tokens(&n->config, 128) - kvs_cache_bytes_for_tokens(&n->config, 64)) /
-                    n->n_heads;
+    n->page_bytes =
+        (kvs_cache_bytes_for_tokens(&n->config, 128) - kvs_cache_bytes_for_tokens(&n->config, 64)) / n->n_heads;
     n->fixed_bytes = kvs_cache_bytes_for_tokens(&n->config, 64) - n->n_heads * n->page_bytes;
     n->page_limit = n->config.budget_bytes != 0
                         ? (n->config.budget_bytes - n->fixed_bytes) / n->page_bytes
@@ -426,8 +428,8 @@ static naive *naive_fork(naive *from)
     }
     if (kind == 3) {
         n->config.budget_tokens = 0;
-        n->config.budget_bytes = kvs_cache_bytes_for_tokens(&n->config, 64 + kvs_rng_below(n->rng, 256)) +
-                                 kvs_rng_below(n->rng, 5000);
+        n->config.budget_bytes =
+            kvs_cache_bytes_for_tokens(&n->config, 64 + kvs_rng_below(n->rng, 256)) + kvs_rng_below(n->rng, 5000);
     }
     describe(n);
     CHECK(n, kvs_cache_fork(from->cache, &n->config, &n->cache, NULL) == KVS_OK);
@@ -436,7 +438,7 @@ static naive *naive_fork(naive *from)
             for (int k = 0; k < KVS_SIDE_COUNT; k++)
                 if ((from->config.side_mask & n->config.side_mask & 1u << k) == 0)
                     n->heads[h].lines[i].side[k] = 0;
-    n->over = true; /* until check_budget sees otherwise */
+    n->over = true;   /* until check_budget sees otherwise */
     if (fits(n, 0)) { /* holes may still hold more pages than the budget has */
         for (uint32_t h = 0; h < n->n_heads; h++)
             kvs_cache_compact(n->cache, h / n->config.n_kv_heads, h % n->config.n_kv_heads);

@@ -115,8 +115,8 @@ static void turn_differs_from_its_tokens(void **state)
         assert_int_equal(kvs_chat_render(model, messages, n_messages, n_from, true, &prompt, &err), KVS_OK);
         assert_int_equal(g.n_prompt_tokens, prompt.n_tokens);
         assert_int_equal(kvs_session_turn_begin(by_hand, &err), KVS_OK);
-        assert_int_equal(kvs_session_extend(by_hand, prompt.tokens, prompt.flags, (uint32_t)prompt.n_tokens, NULL,
-                                            &err), KVS_OK);
+        assert_int_equal(
+            kvs_session_extend(by_hand, prompt.tokens, prompt.flags, (uint32_t)prompt.n_tokens, NULL, &err), KVS_OK);
         for (uint32_t t = 0; t < h.n; t++)
             assert_int_equal(kvs_session_extend(by_hand, &h.tokens[t], &answer, 1, NULL, &err), KVS_OK);
         messages[n_messages++] = (kvs_message){"assistant", "x"};
@@ -408,8 +408,8 @@ static void cancelled_step_breaks_the_session(void **state)
     uint8_t want[64];
     memset(want, 1, sizeof want);
     uint32_t n_seen = 0;
-    kvs_run run = {.session = s, .tokens = tokens, .n_tokens = 64, .on_logits = refuse_third, .want = want,
-                   .ctx = &n_seen};
+    kvs_run run = {
+        .session = s, .tokens = tokens, .n_tokens = 64, .on_logits = refuse_third, .want = want, .ctx = &n_seen};
     kvs_error err = {.message = ""};
     assert_int_equal(kvs_step(&run, 1, &err), KVS_ECANCELLED);
     assert_int_equal(run.status, KVS_ECANCELLED);
@@ -462,14 +462,10 @@ static void refused_run_stops_its_neighbours(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(turn_differs_from_its_tokens),
-        cmocka_unit_test(end_marker_is_lost),
-        cmocka_unit_test(turn_longer_than_the_budget_fails),
-        cmocka_unit_test(events_are_not_told),
-        cmocka_unit_test(generation_cannot_be_had_again),
-        cmocka_unit_test(greedy_is_not_the_argmax),
-        cmocka_unit_test(cancelled_answer_breaks_the_session),
-        cmocka_unit_test(cancelled_step_breaks_the_session),
+        cmocka_unit_test(turn_differs_from_its_tokens),        cmocka_unit_test(end_marker_is_lost),
+        cmocka_unit_test(turn_longer_than_the_budget_fails),   cmocka_unit_test(events_are_not_told),
+        cmocka_unit_test(generation_cannot_be_had_again),      cmocka_unit_test(greedy_is_not_the_argmax),
+        cmocka_unit_test(cancelled_answer_breaks_the_session), cmocka_unit_test(cancelled_step_breaks_the_session),
         cmocka_unit_test(refused_run_stops_its_neighbours),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);

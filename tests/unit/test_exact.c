@@ -14,8 +14,8 @@ enum { N = 600, VOCAB = TINY_VOCAB_MIN, BUDGET = 3000, SMALL = 192, CHUNK = 48, 
 
 static int32_t tokens[N], other[N];
 static uint8_t flags[N];
-static kvs_model *model[4];         /* by threads; [0] unused */
-static float *expected, *got;       /* [N][VOCAB] */
+static kvs_model *model[4];   /* by threads; [0] unused */
+static float *expected, *got; /* [N][VOCAB] */
 
 static int set_up(void **state)
 {
@@ -76,7 +76,8 @@ static void run_rows(kvs_session *s, uint32_t from, uint32_t to, uint32_t slice,
 
 static void check_same(const setting *c, const char *what, uint32_t detail, uint32_t from)
 {
-    const uint32_t row = from + fx_differs(expected + (size_t)from * VOCAB, got + (size_t)from * VOCAB, N - from, VOCAB);
+    const uint32_t row =
+        from + fx_differs(expected + (size_t)from * VOCAB, got + (size_t)from * VOCAB, N - from, VOCAB);
     if (row < N)
         fail_msg("%s +position=%s, %s, kv %s: %s %u: token %u differs (%.9g, not %.9g)",
                  c->policy != NULL ? c->policy : "baseline", c->position != NULL ? c->position : "own",
@@ -102,8 +103,12 @@ static void check_cut(const setting *c, uint32_t n_threads, uint32_t slice)
     memset(got, 0, sizeof(float) * N * VOCAB);
     run_rows(s, 0, N, slice, got);
     kvs_session_free(&s);
-    check_same(c, n_threads == 1 ? "1 thread, slices of" : n_threads == 2 ? "2 threads, slices of" : "3 threads, "
-               "slices of", slice, 0);
+    check_same(c,
+               n_threads == 1   ? "1 thread, slices of"
+               : n_threads == 2 ? "2 threads, slices of"
+                                : "3 threads, "
+                                  "slices of",
+               slice, 0);
 }
 
 static void result_depends_on_chunk_or_threads(void **state)
@@ -155,9 +160,13 @@ static void batch_run(batch *b, uint32_t n, kvs_session *s, uint32_t slice)
         uint32_t n_runs = 0;
         for (uint32_t i = 0; i <= n; i++) {
             if (i == step % (n + 1))
-                runs[n_runs++] = (kvs_run){.session = s, .tokens = tokens + at, .flags = flags + at,
-                                           .n_tokens = kvs_min_u32(slice, N - at), .on_logits = fx_keep_row,
-                                           .want = want, .ctx = &rows};
+                runs[n_runs++] = (kvs_run){.session = s,
+                                           .tokens = tokens + at,
+                                           .flags = flags + at,
+                                           .n_tokens = kvs_min_u32(slice, N - at),
+                                           .on_logits = fx_keep_row,
+                                           .want = want,
+                                           .ctx = &rows};
             if (i == n)
                 continue;
             const uint32_t more = kvs_min_u32((step + 1) * (i + 1) % 50, N - b->depth[i]);
@@ -309,8 +318,11 @@ static void result_depends_on_instruction_set(void **state)
         assert_non_null(m);
         for (int a = 0; a < 2; a++)
             for (int k = 0; k < 2; k++) {
-                const setting c = {.policy = "attention_top:acc=1,keep=0.7,scope=2", .budget = SMALL, .chunk = CHUNK,
-                                   .arith = ariths[a], .kv = kv_types[k]};
+                const setting c = {.policy = "attention_top:acc=1,keep=0.7,scope=2",
+                                   .budget = SMALL,
+                                   .chunk = CHUNK,
+                                   .arith = ariths[a],
+                                   .kv = kv_types[k]};
                 reference(&c);
                 kvs_session *s = open_session(m, &c);
                 run_rows(s, 0, N, 90, got);
@@ -352,8 +364,8 @@ static bool possible(const setting *c)
 static void check_evicting(const char *position, kvs_arith arith, kvs_kv_type kv)
 {
     for (uint32_t p = 0; p < N_EVICTING; p++) {
-        const setting c = {.policy = evicting[p], .position = position, .budget = SMALL, .chunk = CHUNK,
-                           .arith = arith, .kv = kv};
+        const setting c = {
+            .policy = evicting[p], .position = position, .budget = SMALL, .chunk = CHUNK, .arith = arith, .kv = kv};
         if (!possible(&c)) { /* recompute for sets that differ between heads */
             assert_string_equal(position, "recompute");
             assert_non_null(strstr(c.policy, "scope="));

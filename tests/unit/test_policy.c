@@ -40,17 +40,27 @@ static void fill_view(kvs_rng *rng, uint32_t n)
     for (uint32_t i = 0; i < n; i++, at += 1 + (kvs_rng_below(rng, 6) == 0 ? (int32_t)kvs_rng_below(rng, 9) : 0)) {
         b.pos[i] = b.rope_pos[i] = at;
         b.token[i] = (int32_t)kvs_rng_below(rng, 1000);
-        b.flags[i] = (uint8_t)((kvs_rng_below(rng, 10) == 0 ? KVS_TOKEN_TEMPLATE : 0) |
-                               (at < system_end ? KVS_TOKEN_SYSTEM : 0) |
-                               (kvs_rng_below(rng, 100) == 0 ? KVS_TOKEN_PINNED : 0));
+        b.flags[i] =
+            (uint8_t)((kvs_rng_below(rng, 10) == 0 ? KVS_TOKEN_TEMPLATE : 0) |
+                      (at < system_end ? KVS_TOKEN_SYSTEM : 0) | (kvs_rng_below(rng, 100) == 0 ? KVS_TOKEN_PINNED : 0));
         b.mass_sum[i] = random_mass(rng);
         b.mass_ema[i] = random_mass(rng);
         b.mass_max[i] = random_mass(rng);
     }
-    b.view = (kvs_policy_view){
-        .n_layers = 2, .n_kv_heads = 2, .group = 2, .n_slots = n, .n_tokens = at + (int32_t)kvs_rng_below(rng, 3),
-        .pos = b.pos, .rope_pos = b.rope_pos, .token = b.token, .flags = b.flags, .mass_sum = b.mass_sum,
-        .mass_ema = b.mass_ema, .mass_max = b.mass_max, .seed = kvs_rng_next(rng), .event = kvs_rng_below(rng, 9)};
+    b.view = (kvs_policy_view){.n_layers = 2,
+                               .n_kv_heads = 2,
+                               .group = 2,
+                               .n_slots = n,
+                               .n_tokens = at + (int32_t)kvs_rng_below(rng, 3),
+                               .pos = b.pos,
+                               .rope_pos = b.rope_pos,
+                               .token = b.token,
+                               .flags = b.flags,
+                               .mass_sum = b.mass_sum,
+                               .mass_ema = b.mass_ema,
+                               .mass_max = b.mass_max,
+                               .seed = kvs_rng_next(rng),
+                               .event = kvs_rng_below(rng, 9)};
 }
 
 static kvs_policy parse(const char *spec)
@@ -149,8 +159,10 @@ static void selection_equals_a_full_sort(void **state)
         const uint32_t kind = kvs_rng_below(&rng, 6);
         for (uint32_t i = 0; i < n; i++)
             b.scores[i] = kind == 0 ? 7.0f : kind == 1 ? NAN : odd_score(&rng);
-        const kvs_protect p = {.sinks = kvs_rng_below(&rng, 6), .recent = kvs_rng_below(&rng, 8),
-                               .system = kvs_rng_below(&rng, 2), .template_markers = kvs_rng_below(&rng, 2),
+        const kvs_protect p = {.sinks = kvs_rng_below(&rng, 6),
+                               .recent = kvs_rng_below(&rng, 8),
+                               .system = kvs_rng_below(&rng, 2),
+                               .template_markers = kvs_rng_below(&rng, 2),
                                .pinned = kvs_rng_below(&rng, 2)};
         const uint32_t n_keep = kvs_rng_below(&rng, n + 2);
         uint32_t n_hard = 0;
@@ -273,7 +285,7 @@ static void presets_of_position_keep_the_slots_their_papers_name(void **state)
     (void)state;
     kvs_rng rng = {9};
     const kvs_policy oldest = parse("evict_oldest +protect=none"), oldest_tenth = parse("evict_oldest:keep=0.9 "
-                                                                                       "+protect=none");
+                                                                                        "+protect=none");
     const kvs_policy oldest_tokens = parse("evict_oldest:keep=33tok +protect=none");
     const kvs_policy window = parse("sliding_window +protect=none");
     const kvs_policy streaming = parse("streaming:sinks=4 +protect=none");
@@ -310,8 +322,8 @@ static void gist_keeps_the_first_and_the_newest(void **state)
         fill_view(&rng, n);
         evict(&p, 5);
         for (uint32_t i = 0; i < n; i++)
-            assert_int_equal(b.keep[i], gist + recent >= n || i < gist || i >= n - recent ||
-                                            (gist + recent == 0 && i == n - 1));
+            assert_int_equal(b.keep[i],
+                             gist + recent >= n || i < gist || i >= n - recent || (gist + recent == 0 && i == n - 1));
     }
     const kvs_policy paper = parse("sliding_window_gist:gist=2000,recent=0 +protect=none");
     fill_view(&rng, 4800);
@@ -392,8 +404,7 @@ static void attention_presets_rank_by_the_mass_they_name(void **state)
                                          KVS_POLICY_NEEDS_MASS_EMA, KVS_POLICY_NEEDS_MASS_MAX};
         assert_int_equal(kvs_policy_needs(&p), needs[acc]);
         for (uint32_t i = 0; i < n; i++)
-            b.scores[i] = (bottom ? -1.0f : 1.0f) *
-                          (norm ? mass[i] / (float)(b.view.n_tokens - b.pos[i]) : mass[i]);
+            b.scores[i] = (bottom ? -1.0f : 1.0f) * (norm ? mass[i] / (float)(b.view.n_tokens - b.pos[i]) : mass[i]);
         select_by_sorting(&p.protect, n / 2);
         assert_memory_equal(b.keep, b.want, n);
     }
@@ -490,7 +501,8 @@ static void specs_of_the_design_are_understood(void **state)
          "streaming:sinks=4 +schedule=full +position=gapcap:16 +protect=sinks:0,recent:0,template,pinned"},
         {"random:keep=0.123456789012345678 +protect=none",
          "random:keep=0.12345678901234568 +schedule=full +position=rerotate +protect=none"},
-        {"streaming:sinks=1e6 +protect=none", "streaming:sinks=1000000 +schedule=full +position=rerotate +protect=none"},
+        {"streaming:sinks=1e6 +protect=none",
+         "streaming:sinks=1000000 +schedule=full +position=rerotate +protect=none"},
     };
     for (size_t i = 0; i < sizeof specs / sizeof *specs; i++)
         assert_string_equal(parse(specs[i].spec).text, specs[i].text);
@@ -499,9 +511,14 @@ static void specs_of_the_design_are_understood(void **state)
 static void canonical_text_parses_to_itself(void **state)
 {
     (void)state;
-    static const char *const tails[] = {"", "+protect=none", "+schedule=bytes:1B", "+schedule=bytes:7.5GiB +keep=0.1",
-                                        "+schedule=once:3000tok +keep=1", "+schedule=every:1 +position=keep",
-                                        "+position=recompute", "+position=gapcap:1000000000 +keep=4294967295tok",
+    static const char *const tails[] = {"",
+                                        "+protect=none",
+                                        "+schedule=bytes:1B",
+                                        "+schedule=bytes:7.5GiB +keep=0.1",
+                                        "+schedule=once:3000tok +keep=1",
+                                        "+schedule=every:1 +position=keep",
+                                        "+position=recompute",
+                                        "+position=gapcap:1000000000 +keep=4294967295tok",
                                         "+protect=recent:1000000000,sinks:1000000000,template,system,pinned"};
     for (uint32_t k = 0; k < kvs_policy_count(); k++)
         for (size_t i = 0; i < sizeof tails / sizeof *tails; i++) {
@@ -599,7 +616,7 @@ static void long_words_are_refused_whole(void **state)
 {
     (void)state;
     char spec[600];
-    for (size_t n = 60; n < 300; n += 7) { /* 1e-323 is the least above 0 */
+    for (size_t n = 60; n < 300; n += 7) {                            /* 1e-323 is the least above 0 */
         snprintf(spec, sizeof spec, "random:keep=0.%0*d", (int)n, 5); /* 0.000...5, then one x behind it */
         assert_int_equal(kvs_policy_check(spec, NULL), KVS_OK);
         strcat(spec, "x");
@@ -632,15 +649,16 @@ static void sizes_are_bytes_or_tokens_and_never_both(void **state)
     static const struct {
         const char *text;
         uint64_t bytes, tokens;
-    } good[] = {{"600MiB", 629145600, 0}, {"1.5GiB", 1610612736, 0}, {"4800tok", 0, 4800}, {"4800", 0, 4800},
-                {"1B", 1, 0}, {"2KB", 2000, 0}, {"3k", 3072, 0}, {"1e3tok", 0, 1000}};
+    } good[] = {
+        {"600MiB", 629145600, 0}, {"1.5GiB", 1610612736, 0}, {"4800tok", 0, 4800}, {"4800", 0, 4800}, {"1B", 1, 0},
+        {"2KB", 2000, 0},         {"3k", 3072, 0},           {"1e3tok", 0, 1000}};
     uint64_t bytes, tokens;
     for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
         assert_int_equal(kvs_size_parse(good[i].text, &bytes, &tokens, NULL), KVS_OK);
         assert_true(bytes == good[i].bytes && tokens == good[i].tokens);
     }
-    static const char *const bad[] = {"", "tok", "0", "-1", "1.5", "1.5tok", "0.5B", "nan", "inf", "1e30", "5000000000",
-                                      "1 MiB", "1mib", "12tokens", "1MiB\n"};
+    static const char *const bad[] = {"",    "tok",  "0",          "-1",    "1.5",  "1.5tok",   "0.5B",  "nan",
+                                      "inf", "1e30", "5000000000", "1 MiB", "1mib", "12tokens", "1MiB\n"};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         kvs_error err;
         assert_int_equal(kvs_size_parse(bad[i], &bytes, &tokens, &err), KVS_EINVAL);
