@@ -65,7 +65,9 @@ static int compare_double(const void *a, const void *b)
 
 bool kvs_report_bootstrap(const double *x, uint32_t n, uint32_t n_draws, uint64_t seed, kvs_report_mean *out)
 {
-    *out = (kvs_report_mean){.mean = NAN, .low = NAN, .high = NAN, .n = n};
+    memset(out, 0, sizeof *out); /* the padding too, so that equal results are equal bytes */
+    out->mean = out->low = out->high = NAN;
+    out->n = n;
     if (n == 0)
         return true;
     double sum = 0;

@@ -165,7 +165,7 @@ function drawFrames(ev, run, g, w) {
 function maps() {
   const have = RUNS.filter(r => D.keeps[r.i]);
   if (!have.length) return void card('maps', 'Where the kept tokens stand', null, el('p', { class: 'empty' }, 'No keep sets were recorded.'));
-  let run = have.find(r => modeKind(r.position) === 'rollback' && !r.baseline) || have[0];
+  let run = have.find(r => modeKind(r.position) === 'rollback' && !r.baseline) || have.find(r => !r.baseline) || have[0];
   const noFrames = () => !(D.events[run.i] && D.events[run.i].frames.length);
   const map = plot('Map of retained positions', (g, w) => drawMap(D.keeps[run.i], g, w));
   const fold = plot('True position against rope position', (g, w) => drawFold(D.keeps[run.i], run, g, w));

@@ -325,7 +325,8 @@ static kvs_status play_recalls(bench *b, kvs_status stopped, bool *complete, kvs
             json_decref(part);
             part = NULL;
         }
-        const bool mine = o->shard_count <= 1 || (b->n_dialogues + i) % o->shard_count == o->shard_index;
+        /* From the end, where the short dialogues are; a shard that has one of these has an ordinary one too. */
+        const bool mine = o->shard_count <= 1 || (b->n_dialogues - 1 - i) % o->shard_count == o->shard_index;
         if (part != NULL || !mine || stopped != KVS_OK) {
             b->cost_total -= recall_cost(b);
         } else {
