@@ -354,7 +354,11 @@ static uint32_t count_loops(const judge *j, const char *a, const char *b, uint32
         const json_t *loops =
             json_object_get(json_object_get(json_array_get(j->in->parts, d), "claims"), "loops");
         const json_t *x = json_object_get(loops, a), *y = json_object_get(loops, b);
-        for (size_t i = 0; i < json_array_size(x) && i < json_array_size(y); i++, n++) {
+        for (size_t i = 0; i < json_array_size(x) && i < json_array_size(y); i++) {
+            /* null: the answer is too short to tell (fewer than 32 tokens) */
+            if (!json_is_boolean(json_array_get(x, i)) || !json_is_boolean(json_array_get(y, i)))
+                continue;
+            n++;
             const bool loop_a = json_is_true(json_array_get(x, i)), loop_b = json_is_true(json_array_get(y, i));
             *only_a += loop_a && !loop_b;
             *only_b += loop_b && !loop_a;

@@ -98,11 +98,10 @@ static kvs_status check(kvs_judge_mode mode, const char *user, const char *answe
     return KVS_OK;
 }
 
-kvs_status kvs_judge_prompt(kvs_judge_mode mode, const char *user, const char *answer, const kvs_message *history,
-                            size_t n_history, char **prompt, kvs_error *err)
+/* NULL if out of memory. */
+static char *build(kvs_judge_mode mode, const char *user, const char *answer, const kvs_message *history,
+                   size_t n_history)
 {
-    *prompt = NULL;
-    KVS_TRY(check(mode, user, answer, history, n_history, err));
     text t = {0};
     add(&t, mode == KVS_JUDGE_PAPER ? task_paper : task_contextual);
     add(&t, rubric);
@@ -111,12 +110,19 @@ kvs_status kvs_judge_prompt(kvs_judge_mode mode, const char *user, const char *a
     add_block(&t, "USER", user);
     add_block(&t, "ANSWER TO GRADE", answer);
     add(&t, ending);
-    if (t.failed || t.bytes == NULL) {
-        free(t.bytes);
-        return kvs_error_set(err, KVS_ENOMEM, "no memory for a judge's prompt of over %zu bytes", t.n);
-    }
-    *prompt = t.bytes;
-    return KVS_OK;
+    if (!t.failed)
+        return t.bytes;
+    free(t.bytes);
+    return NULL;
+}
+
+kvs_status kvs_judge_prompt(kvs_judge_mode mode, const char *user, const char *answer, const kvs_message *history,
+                            size_t n_history, char **prompt, kvs_error *err)
+{
+    *prompt = NULL;
+    KVS_TRY(check(mode, user, answer, history, n_history, err));
+    *prompt = build(mode, user, answer, history, n_history);
+    return *prompt != NULL ? KVS_OK : kvs_error_set(err, KVS_ENOMEM, "no memory for a judge's prompt");
 }
 
 /* ---- replies ---------------------------------------------------------------------------------------------------- */
@@ -308,8 +314,9 @@ kvs_status kvs_judge_turn(const kvs_judge_ops *ops, kvs_judge_mode mode, bool pa
         set_failure(result, KVS_JUDGE_SKIPPED, true, COMPAT_SKIPPED);
         return KVS_OK;
     }
-    char *prompt;
-    KVS_TRY(kvs_judge_prompt(mode, user, answer, history, n_history, &prompt, err));
+    char *const prompt = build(mode, user, answer, history, n_history);
+    if (prompt == NULL)
+        return kvs_error_set(err, KVS_ENOMEM, "no memory for a judge's prompt");
     const kvs_status status = ask(ops, paper_compat, prompt, result, err);
     free(prompt);
     if (status != KVS_OK)

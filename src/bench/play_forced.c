@@ -111,7 +111,7 @@ static bool on_policy(void *ctx, uint32_t row, const float *logits)
     s->p->model->kernels->dist_pair(&pair, ref, logits, info->vocab_size);
     kvs_token_score score = kvs_token_score_of(&pair, ref[x], logits[x]);
     score.turn = s->turn;
-    score.sets = KVS_SCORE_ASSISTANT | SCORED_LATE;
+    score.sets = (uint16_t)(KVS_SCORE_ASSISTANT | (idx >= s->late_from ? SCORED_LATE : 0)); /* as the reference's */
     if (pl->last_eviction != UINT64_MAX && idx < pl->last_eviction + AFTER_EVICTION)
         score.sets |= KVS_SCORE_AFTER_EVICTION;
     kvs_error e;

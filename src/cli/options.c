@@ -34,14 +34,14 @@ const kvs_cli_command kvs_cli_commands[] = {
      "Completes the text of -p (or stdin with -p -) as it stands; with --chat it is one user message. " SPEC_TEXT,
      "kvasir run -p 'Once upon a time' -n 64\tcontinue a text\n"
      "kvasir run --chat -p 'What is a KV cache?' --json\tone answer with its timings\n"
-     "kvasir run -p - --policy snapkv --budget 1024tok < long.txt\ta long prompt in a small cache\n",
+     "kvasir run -p - --policy streaming --budget 1024tok < long.txt\ta long prompt in a small cache\n",
      0, 0, kvs_cmd_run},
     {"chat", "", "talk with the model in the terminal, in a cache that never grows past its budget",
      "Lines that begin with / are commands: /help lists them. Default policy streaming with position rerotate and a "
      "budget of the model's window, so that a chat does not end when the window is full. " SPEC_TEXT,
      "kvasir chat\tjust talk\n"
      "kvasir chat --session work --budget 64MiB\ta conversation that is there again next time\n"
-     "kvasir chat --policy snapkv --system 'Answer in one sentence.'\tanother policy and a system prompt\n",
+     "kvasir chat --policy attention_top --system 'Answer in one sentence.'\tanother policy and a system prompt\n",
      0, 0, kvs_cmd_chat},
     {"eval", "", "teacher-forced quality of a policy on a text or a dialogue",
      "Feeds a fixed text, compares each next-token distribution with a reference session's in lock-step, and prints "
@@ -50,7 +50,7 @@ const kvs_cli_command kvs_cli_commands[] = {
      "cache (beyond the model's window: a fresh prefill of the last window, on a stride of 64). Without --budget it "
      "is the length of the text. " SPEC_TEXT,
      "kvasir eval --text book.txt --policy streaming --budget 1024tok --position rerotate\tone policy\n"
-     "kvasir eval --text a.txt --policy snapkv:keep=766tok --prefill full --dump-keep keep.jsonl\twhat it keeps\n"
+     "kvasir eval --text a.txt --policy random:keep=766tok --prefill full --dump-keep keep.jsonl\twhat it keeps\n"
      "kvasir eval --dialogue threads.jsonl --index 3 --budget 512tok --json\ta recorded conversation\n",
      0, 0, kvs_cmd_eval},
     {"speed", "", "prefill and decode rate against depth, with the share of the machine's bandwidth",
@@ -66,7 +66,7 @@ const kvs_cli_command kvs_cli_commands[] = {
      "results; --resume goes on. " SPEC_TEXT,
      "kvasir bench --suite smoke\ta first look, in a few minutes\n"
      "kvasir bench --suite paper --data dialogues/ --out out/paper\tthe claims of arXiv 2511.04686\n"
-     "kvasir bench --policy streaming --policy snapkv --budget 1024tok --position keep --position rerotate\tan own "
+     "kvasir bench --policy streaming --policy random --budget 1024tok --position keep --position rerotate\tan own "
      "grid\n",
      0, 0, kvs_cmd_bench},
     {"report", "DIR", "write report.html of a bench output folder again", "Reads the files of DIR and nothing else.",
@@ -76,7 +76,7 @@ const kvs_cli_command kvs_cli_commands[] = {
      "kvasir compare out/before out/after\twhat a change did\n", 2, 2, kvs_cmd_compare},
     {"policies", "[NAME]", "list the policies, their stages, parameters and papers",
      "Without NAME one line per preset; with NAME everything about it.",
-     "kvasir policies\tthe list\nkvasir policies snapkv\tone preset with its parameters\n", 0, 1, kvs_cmd_policies},
+     "kvasir policies\tthe list\nkvasir policies streaming\tone preset with its parameters\n", 0, 1, kvs_cmd_policies},
     {"inspect", "FILE", "show what a model, a session file or a bench output folder holds",
      "FILE is a GGUF model, a session that chat saved, or a folder that bench wrote.",
      "kvasir inspect model.gguf\tits dimensions and what a token of cache costs\n"

@@ -137,6 +137,13 @@ uint32_t kvs_keep_default(const kvs_session *s)
     uint64_t cap = m.budget_tokens;
     if (s->policy.schedule == KVS_SCHEDULE_TOKENS || s->policy.schedule == KVS_SCHEDULE_ONCE)
         cap = s->policy.schedule_value < cap ? s->policy.schedule_value : cap;
+    if (s->policy.schedule == KVS_SCHEDULE_BYTES) {
+        const kvs_model_info *i = &s->model->info;
+        const uint64_t token_bytes = (uint64_t)i->n_layers * i->n_kv_heads * 2 * i->head_dim *
+                                     (s->options.kv_type == KVS_KV_F32 ? 4 : 2);
+        const uint64_t trigger = s->policy.schedule_value / token_bytes;
+        cap = trigger > 1 && trigger < cap ? trigger : cap;
+    }
     const uint64_t chunk = s->chunk_tokens < cap ? s->chunk_tokens : cap - 1;
     return (uint32_t)(cap - chunk);
 }

@@ -105,7 +105,10 @@ static kvs_status refuse(const kvs_session *s, uint32_t n_more, kvs_error *err)
                          "%s: %u more tokens do not fit: %u slots a head are held of %llu (%llu bytes) and %s",
                          s->policy.ops->name, n_more, kvs_cache_live_max(s->cache), (unsigned long long)m.budget_tokens,
                          (unsigned long long)m.budget_bytes,
-                         s->policy.ops->never_evicts ? "it never evicts" : "its keep leaves no room for the next");
+                         s->policy.ops->never_evicts ? "it never evicts"
+                         : s->options.paper_compat
+                             ? "paper_compat evicts on a size only, as +schedule=tokens:4800, and has no cap of its own"
+                             : "its keep leaves no room for the next");
 }
 
 /* A chunk holds a prompt's rows or an answer's, so that schedules see the border wherever a call begins. */

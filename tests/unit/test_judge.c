@@ -301,10 +301,11 @@ static void the_contextual_prompt_holds_all_of_it_in_order(void **state)
                                         "FINAL SCORE: X"};
     const char *at = s.prompt;
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
-        at = strstr(at, parts[i]);
-        if (at == NULL)
+        const char *const found = strstr(at, parts[i]);
+        if (found == NULL)
             fail_msg("'%s' is missing or out of order in\n%s", parts[i], s.prompt);
-        at += strlen(parts[i]);
+        else
+            at = found + strlen(parts[i]);
     }
     free(s.prompt);
 }
