@@ -26,7 +26,7 @@ static const char *find_run(const judge *j, const char *policy, int with_recent,
 {
     size_t i;
     json_t *run;
-    json_array_foreach(j->in->runs, i, run) {
+    json_array_foreach (j->in->runs, i, run) {
         const char *spec = json_string_value(json_object_get(run, "policy"));
         const char *mode = json_string_value(json_object_get(run, "position"));
         if (strncmp(spec, policy, strlen(policy)) != 0 || strcmp(mode, position) != 0)
@@ -135,8 +135,9 @@ static const char *verdict_of(const char *leaning, uint32_t n)
         return "NOT RUN";
     if (n < KVS_CLAIMS_DIALOGUES_MIN)
         return "PRELIMINARY";
-    return strcmp(leaning, "supported") == 0 ? "SUPPORTED" : strcmp(leaning, "refuted") == 0 ? "REFUTED"
-                                                                                               : "INCONCLUSIVE";
+    return strcmp(leaning, "supported") == 0 ? "SUPPORTED"
+           : strcmp(leaning, "refuted") == 0 ? "REFUTED"
+                                             : "INCONCLUSIVE";
 }
 
 static void add_claim(judge *j, const char *id, const char *statement, const char *verdict, const char *leaning,
@@ -220,8 +221,7 @@ static void claim_c1(judge *j)
     if (leaning != NULL && strcmp(leaning, "supported") == 0 && !(win.hi < 1.5))
         leaning = "inconclusive";
     add_claim(j, "C1", "past its window the full cache collapses with memory to spare", verdict_of(leaning, full.n),
-              leaning, full, 10, "perplexity ratio past / before the window",
-              details,
+              leaning, full, 10, "perplexity ratio past / before the window", details,
               "how much worse the model predicts after its trained window ends, though nothing was evicted");
     const char *weak = leaning_above(full, 1.5);
     add_claim(j, "C1b", "past its window the full cache gets worse by half", verdict_of(weak, full.n), weak, full, 1.5,
@@ -239,15 +239,14 @@ static void claim_c2(judge *j)
     for (uint32_t d = 0; d < j->n; d++) {
         const json_t *full = curve_of(j, d, NULL, "bins"), *win = curve_of(j, d, NULL, "window_bins");
         const double late = bins_mean(full, 0.9 * window, window) - bins_mean(win, 0.9 * window, window);
-        const double early =
-            bins_mean(full, 0.5 * window, 0.75 * window) - bins_mean(win, 0.5 * window, 0.75 * window);
+        const double early = bins_mean(full, 0.5 * window, 0.75 * window) - bins_mean(win, 0.5 * window, 0.75 * window);
         if (isfinite(late) && isfinite(early))
             x[n++] = late - early;
     }
     const range r = mean_range(j, x, n);
     const char *leaning = leaning_above(r, 0.02);
-    add_claim(j, "C2", "quality already falls when the window is merely approached", verdict_of(leaning, n), leaning,
-              r, 0.02, "nat", json_array(), "full cache against a 4,096-token window, late minus early in the window");
+    add_claim(j, "C2", "quality already falls when the window is merely approached", verdict_of(leaning, n), leaning, r,
+              0.02, "nat", json_array(), "full cache against a 4,096-token window, late minus early in the window");
     free(x);
 }
 
@@ -273,8 +272,8 @@ static void claim_c3(judge *j)
             a[k] = claim_value(j, d, other, "nll") - claim_value(j, d, other, "nll_ref");
             k += isfinite(a[k]) ? 1u : 0u;
         }
-        json_array_append_new(details, detail(m == 0 ? "the same keep rule, mode keep" : "the same, mode rerotate",
-                                              mean_range(j, a, k)));
+        json_array_append_new(
+            details, detail(m == 0 ? "the same keep rule, mode keep" : "the same, mode rerotate", mean_range(j, a, k)));
     }
     add_claim(j, "C3", "keeping 99 % by attention with rolled-back positions is worse than keeping everything",
               verdict_of(leaning, n), leaning, r, 0.1, "nat of NLL", details,
@@ -301,8 +300,9 @@ static void claim_c4(judge *j)
                                 detail("KL rollback / keep, attention_top", keep));
     const char *random = find_run(j, "random:keep=0.99", -1, "rollback");
     if (random != NULL) {
-        json_array_append_new(details, detail("KL rollback / rerotate, random 99 % (no scores at all)",
-                                              kl_ratio_range(j, random, find_run(j, "random:keep=0.99", -1, "rerotate"))));
+        json_array_append_new(details,
+                              detail("KL rollback / rerotate, random 99 % (no scores at all)",
+                                     kl_ratio_range(j, random, find_run(j, "random:keep=0.99", -1, "rerotate"))));
         json_array_append_new(details, detail("KL rollback / keep, random 99 % (no scores at all)",
                                               kl_ratio_range(j, random, find_run(j, "random:keep=0.99", -1, "keep"))));
     }
@@ -330,8 +330,9 @@ static void claim_c5(judge *j)
         n += isfinite(mode[n]) && isfinite(set[n]) ? 1u : 0u;
     }
     json_t *details = json_pack(
-        "[o,o,o,o,o]", detail("attention_top, rerotate minus gist+recent, rerotate (KL)",
-                              difference_range(j, top_rot, gist_rot, "kl")),
+        "[o,o,o,o,o]",
+        detail("attention_top, rerotate minus gist+recent, rerotate (KL)",
+               difference_range(j, top_rot, gist_rot, "kl")),
         detail("gist+recent, rollback minus gist+recent, rerotate (KL)",
                difference_range(j, gist_back, gist_rot, "kl")),
         detail("main effect of the mode, rollback against rerotate (ln KL)", mean_range(j, mode, n)),
@@ -351,8 +352,7 @@ static uint32_t count_loops(const judge *j, const char *a, const char *b, uint32
     uint32_t n = 0;
     *only_a = *only_b = *all_a = *all_b = 0;
     for (uint32_t d = 0; d < j->n && a != NULL && b != NULL; d++) {
-        const json_t *loops =
-            json_object_get(json_object_get(json_array_get(j->in->parts, d), "claims"), "loops");
+        const json_t *loops = json_object_get(json_object_get(json_array_get(j->in->parts, d), "claims"), "loops");
         const json_t *x = json_object_get(loops, a), *y = json_object_get(loops, b);
         for (size_t i = 0; i < json_array_size(x) && i < json_array_size(y); i++) {
             /* null: the answer is too short to tell (fewer than 32 tokens) */
@@ -371,7 +371,7 @@ static uint32_t count_loops(const judge *j, const char *a, const char *b, uint32
 
 /* ---- recall ---- */
 
-#define RECALL_GUARD 0.7   /* evaluation.md 3.1: below it the model cannot answer with everything in sight either */
+#define RECALL_GUARD  0.7  /* evaluation.md 3.1: below it the model cannot answer with everything in sight either */
 #define RECALL_MARGIN 0.20 /* C6: percentage points over 100 */
 
 /* Mean of `correct` (or, with chance, of 1 / candidates) of a run over the questions about facts told at or after
@@ -382,7 +382,7 @@ static double recall_mean(const json_t *part, const char *run, double from, bool
     uint32_t n = 0;
     size_t i;
     json_t *row;
-    json_array_foreach(json_object_get(part, "recall"), i, row) {
+    json_array_foreach (json_object_get(part, "recall"), i, row) {
         const char *of = json_string_value(json_object_get(row, "run"));
         if (of == NULL || strcmp(of, run) != 0 || json_number_value(json_object_get(row, "told_token")) < from)
             continue;
@@ -460,8 +460,8 @@ static recall_half judge_recall(const judge *j, json_t *details)
     const range accuracy = recall_range(j, full, NULL, from, false);
     h.full = accuracy.estimate;
     h.difference = recall_range(j, gist, recent, from, false);
-    json_array_append_new(details, detail("A_full: the full cache's own recall of the same questions (at least 0.7)",
-                                          accuracy));
+    json_array_append_new(details,
+                          detail("A_full: the full cache's own recall of the same questions (at least 0.7)", accuracy));
     json_array_append_new(details,
                           detail("chance level of the forced choice", recall_range(j, full, NULL, from, true)));
     recall_details(j, from, details);
@@ -513,8 +513,8 @@ static void claim_c6(judge *j)
     char meaning[320];
     snprintf(meaning, sizeof meaning,
              "coherent: it loops less than attention_top under rollback; forgetful: it recalls fewer facts told after "
-             "the gist than gist + recent; both are needed%s%s", n == 0 ? "; loops NOT RUN: no free-running answer" : "",
-             recall.why);
+             "the gist than gist + recent; both are needed%s%s",
+             n == 0 ? "; loops NOT RUN: no free-running answer" : "", recall.why);
     add_claim(j, "C6", "gist only is coherent but forgetful", verdict_of(leaning, recall.difference.n), leaning,
               recall.difference, -RECALL_MARGIN, "difference of recall, gist only minus gist + recent", details,
               meaning);
@@ -554,7 +554,8 @@ static void claim_c9(judge *j)
     free(rope);
     /* Step 17's eviction (the cache regrew to the trigger) is the 17th backward insertion, not a neighbour of the 16. */
     const bool ok = consecutive == 16 && backward == 17 && events == 17;
-    add_claim(j, "C9", "an overshoot under rollback gives 16 generated tokens in a row a lower position than the one before",
+    add_claim(j, "C9",
+              "an overshoot under rollback gives 16 generated tokens in a row a lower position than the one before",
               ok ? "PASS" : "FAIL", NULL, (range){consecutive, NAN, NAN, 1}, 16, "consecutive backward insertions",
               json_pack("[o,o]", detail("backward insertions in 60 steps (17)", (range){backward, NAN, NAN, 1}),
                         detail("evictions in 60 steps (17)", (range){events, NAN, NAN, 1})),
@@ -576,9 +577,12 @@ static void claim_c12(judge *j)
         equal += a == b;
     }
     add_claim(j, "C12", "prefix theorem: after the first eviction gist under rollback and under rerotate are the same",
-              n == 0 ? "NOT RUN" : equal == n ? "PASS" : "FAIL", NULL,
-              (range){n > 0 ? (double)equal / n : NAN, NAN, NAN, n}, 1, "share of dialogues with bit-equal logits",
-              json_array(), "a prefix is the only keep set that rolling back positions does not harm");
+              n == 0       ? "NOT RUN"
+              : equal == n ? "PASS"
+                           : "FAIL",
+              NULL, (range){n > 0 ? (double)equal / n : NAN, NAN, NAN, n}, 1,
+              "share of dialogues with bit-equal logits", json_array(),
+              "a prefix is the only keep set that rolling back positions does not harm");
 }
 
 json_t *kvs_claims(const kvs_claims_input *in, double *noise_floor)

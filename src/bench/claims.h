@@ -9,11 +9,11 @@
 enum { KVS_CLAIMS_DIALOGUES_MIN = 30 }; /* fewer: PRELIMINARY, never SUPPORTED or REFUTED */
 
 typedef struct kvs_claims_input {
-    json_t *parts;          /* list of parts, in dialogue order */
-    json_t *runs;           /* manifest's runs */
+    json_t *parts; /* list of parts, in dialogue order */
+    json_t *runs;  /* manifest's runs */
     uint32_t window_tokens, trigger_tokens;
     uint64_t seed;
-    json_t *recall;         /* list of parts of kvs_play_recall; NULL: none */
+    json_t *recall; /* list of parts of kvs_play_recall; NULL: none */
 } kvs_claims_input;
 
 /* The object of claims.json; a new reference, NULL when out of memory. *noise_floor: mean KL of the nudged full cache

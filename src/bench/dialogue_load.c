@@ -107,8 +107,7 @@ static kvs_status add_turns(loader *l, kvs_dialogue *d, const json_t *turns)
 {
     size_t idx;
     json_t *turn;
-    json_array_foreach(turns, idx, turn)
-    {
+    json_array_foreach (turns, idx, turn) {
         if (!json_is_string(turn))
             return refuse(l, l->start, "turn %zu is %s, not a string", idx, type_name(turn));
         if (is_blank(json_string_value(turn)))
@@ -138,7 +137,8 @@ static kvs_status add_messages(loader *l, kvs_dialogue *d, const json_t *object)
         return add_turns(l, d, list);
     size_t idx;
     json_t *m;
-    json_array_foreach(list, idx, m) KVS_TRY(add_message(l, d, m, idx, shapes[s].role, shapes[s].text));
+    json_array_foreach (list, idx, m)
+        KVS_TRY(add_message(l, d, m, idx, shapes[s].role, shapes[s].text));
     return KVS_OK;
 }
 

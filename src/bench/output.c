@@ -82,10 +82,8 @@ kvs_status kvs_output_lines(const char *dir, const char *name, const json_t *par
     bool ok = true;
     size_t i, k;
     json_t *part, *row;
-    json_array_foreach(parts, i, part)
-    {
-        json_array_foreach(json_object_get(part, key), k, row)
-        {
+    json_array_foreach (parts, i, part) {
+        json_array_foreach (json_object_get(part, key), k, row) {
             ok = ok && json_dumpf(row, t.f, JSON_FLAGS) == 0 && fputc('\n', t.f) != EOF;
         }
     }
@@ -113,11 +111,35 @@ static bool write_cell(FILE *f, const json_t *value)
 
 kvs_status kvs_output_summary(const char *dir, const json_t *parts, kvs_error *err)
 {
-    static const char *const columns[] = {
-        "run", "policy", "position", "dialogue", "protocol", "n_tokens", "n_scored", "kl_mean", "kl_p99", "kl_median",
-        "nll", "nll_ref", "ppl", "ppl_ratio", "top1", "jsd", "footprint", "peak_kv_bytes", "live_bytes_mean",
-        "budget_bytes", "evictions", "health_mean", "looped_rate", "ttft_ms_median", "tpot_ms_median",
-        "prefill_tok_per_s", "decode_tok_per_s", "evict_ms_total", "peak_rss_bytes"};
+    static const char *const columns[] = {"run",
+                                          "policy",
+                                          "position",
+                                          "dialogue",
+                                          "protocol",
+                                          "n_tokens",
+                                          "n_scored",
+                                          "kl_mean",
+                                          "kl_p99",
+                                          "kl_median",
+                                          "nll",
+                                          "nll_ref",
+                                          "ppl",
+                                          "ppl_ratio",
+                                          "top1",
+                                          "jsd",
+                                          "footprint",
+                                          "peak_kv_bytes",
+                                          "live_bytes_mean",
+                                          "budget_bytes",
+                                          "evictions",
+                                          "health_mean",
+                                          "looped_rate",
+                                          "ttft_ms_median",
+                                          "tpot_ms_median",
+                                          "prefill_tok_per_s",
+                                          "decode_tok_per_s",
+                                          "evict_ms_total",
+                                          "peak_rss_bytes"};
     const size_t n = sizeof columns / sizeof *columns;
     target t = {0};
     KVS_TRY(begin(&t, dir, "summary.csv", err));
@@ -128,10 +150,8 @@ kvs_status kvs_output_summary(const char *dir, const json_t *parts, kvs_error *e
     ok = ok && fputc('\n', t.f) != EOF;
     size_t i, k;
     json_t *part, *row;
-    json_array_foreach(parts, i, part)
-    {
-        json_array_foreach(json_object_get(part, "summary"), k, row)
-        {
+    json_array_foreach (parts, i, part) {
+        json_array_foreach (json_object_get(part, "summary"), k, row) {
             for (size_t c = 0; c < n; c++)
                 ok = ok && (c == 0 || fputc(',', t.f) != EOF) && write_cell(t.f, json_object_get(row, columns[c]));
             ok = ok && fputc('\n', t.f) != EOF;

@@ -13,30 +13,30 @@
 #include <xxhash.h>
 
 enum {
-    BLOCK_TOKENS = 32,        /* rows of the reference's logits that are held */
-    AFTER_EVICTION = 32,      /* tokens after an eviction that are reported apart */
-    BIN_TOKENS = 256,         /* of the curve over positions */
-    WINDOW_TOKENS = 4096,     /* of the windowed reference, claims C1 and C2 */
-    WINDOW_STRIDE = 512,      /* tokens scored by one fresh prefill of it */
+    BLOCK_TOKENS = 32,    /* rows of the reference's logits that are held */
+    AFTER_EVICTION = 32,  /* tokens after an eviction that are reported apart */
+    BIN_TOKENS = 256,     /* of the curve over positions */
+    WINDOW_TOKENS = 4096, /* of the windowed reference, claims C1 and C2 */
+    WINDOW_STRIDE = 512,  /* tokens scored by one fresh prefill of it */
     EVENT_RANGES_MAX = 256,
-    SCORED_LATE = 1u << 3,    /* score set: after the grid's first possible eviction */
+    SCORED_LATE = 1u << 3, /* score set: after the grid's first possible eviction, while every run plays */
 };
 
 /* A run while its dialogue is played. */
 typedef struct player {
     const kvs_bench_run_spec *spec;
     struct play_state *state;
-    kvs_session *session;     /* NULL: not forked yet */
+    kvs_session *session; /* NULL: not forked yet */
     kvs_scores scores;
-    kvs_usage turn_usage;     /* at the turn's begin */
-    uint64_t last_eviction;   /* token_idx; UINT64_MAX: none */
-    uint64_t first_logits;    /* hash of the first logits after the first eviction; 0: none */
+    kvs_usage turn_usage;   /* at the turn's begin */
+    uint64_t last_eviction; /* token_idx; UINT64_MAX: none */
+    uint64_t first_logits;  /* hash of the first logits after the first eviction; 0: none */
     uint32_t turn_evictions;
     double health_sum, live_sum;
     uint32_t n_turns_recorded;
-    double *bin_nll;          /* [n_bins], past the window too */
+    double *bin_nll; /* [n_bins], past the window too */
     uint32_t *bin_n;
-    bool retired;             /* of a long dialogue it plays the part up to the suite's ordinary length only */
+    bool retired; /* of a long dialogue it plays the part up to the suite's ordinary length only */
     kvs_status failed;
     char failure[400];
 } player;
@@ -44,15 +44,16 @@ typedef struct player {
 typedef struct play_state {
     const kvs_play *p;
     const kvs_script *script;
-    kvs_session *trunk[2];    /* the full cache: [0] plain (the reference), [1] recording attention */
-    player *players;          /* [n_runs]; 0 is the reference */
-    player noise_player;      /* the full cache, nudged by one rounding step */
-    uint32_t turn, late_from; /* late_from: token_idx of the first possible eviction */
+    kvs_session *trunk[2]; /* the full cache: [0] plain (the reference), [1] recording attention */
+    player *players;       /* [n_runs]; 0 is the reference */
+    player noise_player;   /* the full cache, nudged by one rounding step */
+    uint32_t turn;
+    uint32_t late_from, common_end; /* token_idx: first possible eviction; where the first runs retire */
     uint32_t block_begin, n_wanted;
     uint8_t want[BLOCK_TOKENS];
-    float *rows;              /* [BLOCK_TOKENS][vocab] of the reference */
+    float *rows; /* [BLOCK_TOKENS][vocab] of the reference */
     uint32_t row_of[BLOCK_TOKENS];
-    double *bin_nll;          /* [n_bins] of the reference */
+    double *bin_nll; /* [n_bins] of the reference */
     uint32_t *bin_n;
     uint32_t n_bins;
     json_t *turns, *events;
@@ -69,6 +70,12 @@ static void note_error(play_state *s, const kvs_error *e)
     s->error_set = true;
 }
 
+/* Summaries and claims compare the same tokens for every run. */
+static bool is_compared(const play_state *s, uint32_t idx)
+{
+    return idx >= s->late_from && idx < s->common_end;
+}
+
 static bool on_reference(void *ctx, uint32_t row, const float *logits)
 {
     player *pl = ctx;
@@ -81,9 +88,12 @@ static bool on_reference(void *ctx, uint32_t row, const float *logits)
     const uint32_t bin = (idx + 1) / BIN_TOKENS;
     s->bin_nll[bin] += nll;
     s->bin_n[bin]++;
-    const kvs_token_score score = {
-        .nll = nll, .nll_ref = nll, .top5 = NAN, .turn = s->turn, .top1 = true,
-        .sets = (uint16_t)(KVS_SCORE_ASSISTANT | (idx >= s->late_from ? SCORED_LATE : 0))};
+    const kvs_token_score score = {.nll = nll,
+                                   .nll_ref = nll,
+                                   .top5 = NAN,
+                                   .turn = s->turn,
+                                   .top1 = true,
+                                   .sets = (uint16_t)(KVS_SCORE_ASSISTANT | (is_compared(s, idx) ? SCORED_LATE : 0))};
     kvs_error e;
     if (kvs_scores_add(&pl->scores, &score, &e) != KVS_OK) {
         note_error(s, &e);
@@ -111,7 +121,7 @@ static bool on_policy(void *ctx, uint32_t row, const float *logits)
     s->p->model->kernels->dist_pair(&pair, ref, logits, info->vocab_size);
     kvs_token_score score = kvs_token_score_of(&pair, ref[x], logits[x]);
     score.turn = s->turn;
-    score.sets = (uint16_t)(KVS_SCORE_ASSISTANT | (idx >= s->late_from ? SCORED_LATE : 0)); /* as the reference's */
+    score.sets = (uint16_t)(KVS_SCORE_ASSISTANT | (is_compared(s, idx) ? SCORED_LATE : 0)); /* as the reference's */
     if (pl->last_eviction != UINT64_MAX && idx < pl->last_eviction + AFTER_EVICTION)
         score.sets |= KVS_SCORE_AFTER_EVICTION;
     kvs_error e;
@@ -202,11 +212,11 @@ static void record_turn(play_state *s, player *pl, const kvs_session *session)
     json_object_set_new(row, "protocol", json_string("tf"));
     json_object_set_new(row, "token_begin", json_integer(t->begin));
     json_object_set_new(row, "token_end", json_integer(t->end));
-    static const char *const score_keys[] = {"n_scored", "nll",  "nll_ref", "kl_mean", "kl_p95",
-                                             "kl_p99",   "kl_first32", "jsd", "top1",    "rms_dp"};
-    static const char *const rest[] = {"ttft_ms", "tpot_ms", "prefill_ms", "decode_ms", "tokenise_ms", "n_generated",
-                                       "rep1", "rep2", "rep3", "rep4", "looped", "longest_repeat", "max_run",
-                                       "period", "prompt_echo", "eos_missing"};
+    static const char *const score_keys[] = {"n_scored", "nll",        "nll_ref", "kl_mean", "kl_p95",
+                                             "kl_p99",   "kl_first32", "jsd",     "top1",    "rms_dp"};
+    static const char *const rest[] = {
+        "ttft_ms", "tpot_ms", "prefill_ms",     "decode_ms", "tokenise_ms", "n_generated", "rep1",       "rep2", "rep3",
+        "rep4",    "looped",  "longest_repeat", "max_run",   "period",      "prompt_echo", "eos_missing"};
     set_nulls(row, score_keys, sizeof score_keys / sizeof *score_keys);
     if (pl->failed == KVS_OK)
         turn_row_scores(row, &pl->scores, s->turn);
@@ -267,9 +277,8 @@ static kvs_status fork_due(play_state *s, uint32_t end, kvs_error *err)
         kvs_play_options(s->p, pl->spec, s->script->n_tokens + BLOCK_TOKENS, &o);
         kvs_error e;
         /* Nothing shared yet: a fresh session is cheaper than a fork and has its own accumulators. */
-        const kvs_status status = s->trunk[0]->n_tokens == 0
-                                      ? kvs_session_create(s->p->model, &o, &pl->session, &e)
-                                      : kvs_session_fork(s->trunk[taps], &o, &pl->session, &e);
+        const kvs_status status = s->trunk[0]->n_tokens == 0 ? kvs_session_create(s->p->model, &o, &pl->session, &e)
+                                                             : kvs_session_fork(s->trunk[taps], &o, &pl->session, &e);
         if (status != KVS_OK) {
             pl->failed = status;
             snprintf(pl->failure, sizeof pl->failure, "%s", e.message);
@@ -298,9 +307,10 @@ static kvs_status run_block(play_state *s, uint32_t begin, uint32_t end, kvs_err
         return kvs_error_set(err, KVS_ENOMEM, "no memory for a block of %u runs", s->p->n_runs);
     }
     uint32_t n = 0;
-    const kvs_run common = {
-        .tokens = s->script->tokens + begin, .flags = s->script->flags + begin, .n_tokens = end - begin,
-        .want = s->want};
+    const kvs_run common = {.tokens = s->script->tokens + begin,
+                            .flags = s->script->flags + begin,
+                            .n_tokens = end - begin,
+                            .want = s->want};
     s->block_begin = begin;
     s->n_wanted = 0;
     for (uint32_t i = begin; i < end; i++)
@@ -371,7 +381,7 @@ static kvs_status end_turn(play_state *s, kvs_error *err)
  * bounded go on: the others' question is answered by then, and they would triple the time. */
 static void retire_players(play_state *s, uint32_t begin)
 {
-    if (!s->p->window || begin < s->p->suite->target_tokens)
+    if (begin < s->common_end)
         return;
     for (uint32_t i = 1; i < s->p->n_runs; i++)
         s->players[i].retired = strcmp(s->players[i].spec->position, "rerotate") != 0;
@@ -410,8 +420,8 @@ static bool on_window(void *ctx, uint32_t row, const float *logits)
     window_score *w = ctx;
     const kvs_model *m = w->s->p->model;
     const uint32_t idx = w->begin + row + 1;
-    w->nll[idx / BIN_TOKENS] += m->kernels->logsumexp(logits, m->info.vocab_size, NULL) -
-                                (double)logits[w->s->script->tokens[idx]];
+    w->nll[idx / BIN_TOKENS] +=
+        m->kernels->logsumexp(logits, m->info.vocab_size, NULL) - (double)logits[w->s->script->tokens[idx]];
     w->n[idx / BIN_TOKENS]++;
     return true;
 }
@@ -430,8 +440,13 @@ static kvs_status play_window(play_state *s, double *nll, uint32_t *n, kvs_error
         kvs_session *session;
         KVS_TRY(open_trunk(s, "baseline", &session, err));
         window_score score = {s, begin, nll, n};
-        kvs_run run = {.session = session, .tokens = script->tokens + begin, .flags = script->flags + begin,
-                       .n_tokens = end - begin, .on_logits = on_window, .want = want, .ctx = &score};
+        kvs_run run = {.session = session,
+                       .tokens = script->tokens + begin,
+                       .flags = script->flags + begin,
+                       .n_tokens = end - begin,
+                       .on_logits = on_window,
+                       .want = want,
+                       .ctx = &score};
         const kvs_status status = kvs_step(&run, 1, err);
         kvs_session_free(&session);
         KVS_TRY(status);
@@ -492,8 +507,7 @@ static void claim_row(json_t *claims, const player *pl, const kvs_score_summary 
                         json_pack("{s:I,s:o,s:o,s:o,s:o,s:o,s:I}", "n", (json_int_t)sum->n, "kl",
                                   kvs_json_real(sum->kl_mean), "kl_after", kvs_json_real(after->kl_mean), "nll",
                                   kvs_json_real(sum->nll), "nll_ref", kvs_json_real(sum->nll_ref), "top1",
-                                  kvs_json_real(sum->top1), "first_logits",
-                                  (json_int_t)(pl->first_logits >> 1)));
+                                  kvs_json_real(sum->top1), "first_logits", (json_int_t)(pl->first_logits >> 1)));
 }
 
 static void keep_set_rows(const play_state *s, const player *pl, const kvs_session *session, json_t *out)
@@ -514,8 +528,8 @@ static void keep_set_rows(const play_state *s, const player *pl, const kvs_sessi
                 i = end;
             }
             json_array_append_new(out, json_pack("{s:s,s:s,s:i,s:i,s:o,s:o}", "run", pl->spec->id, "dialogue",
-                                                 s->script->id, "layer", (int)layer, "kv_head", (int)head,
-                                                 "pos_ranges", pos_ranges, "rope_ranges", rope_ranges));
+                                                 s->script->id, "layer", (int)layer, "kv_head", (int)head, "pos_ranges",
+                                                 pos_ranges, "rope_ranges", rope_ranges));
         }
     free(pos);
 }
@@ -595,7 +609,10 @@ kvs_status kvs_play_forced(const kvs_play *p, const kvs_script *script, json_t *
     s.bin_nll = calloc(s.n_bins, sizeof *s.bin_nll);
     s.bin_n = calloc(s.n_bins, sizeof *s.bin_n);
     s.players = calloc(p->n_runs, sizeof *s.players);
-    s.late_from = script->n_tokens;
+    s.late_from = s.common_end = script->n_tokens;
+    for (uint32_t t = script->n_turns; p->window && t-- > 0;)
+        if (script->turns[t].begin >= p->suite->target_tokens)
+            s.common_end = script->turns[t].begin;
     for (uint32_t i = 0; i < p->n_runs; i++) {
         s.players[i] = (player){.spec = &p->runs[i], .state = &s, .last_eviction = UINT64_MAX};
         init_player(&s.players[i], s.n_bins);
@@ -605,8 +622,9 @@ kvs_status kvs_play_forced(const kvs_play *p, const kvs_script *script, json_t *
     s.noise_player = (player){.spec = &noise_spec, .state = &s, .last_eviction = UINT64_MAX};
     init_player(&s.noise_player, s.n_bins);
     json_t *out = json_object();
-    json_object_set_new(out, "dialogue", json_pack("{s:s,s:i,s:i}", "id", script->id, "n_turns", (int)script->n_turns,
-                                                   "n_tokens", (int)script->n_tokens));
+    json_object_set_new(out, "dialogue",
+                        json_pack("{s:s,s:i,s:i}", "id", script->id, "n_turns", (int)script->n_turns, "n_tokens",
+                                  (int)script->n_tokens));
     const kvs_status status = play_all(&s, out, err);
     for (uint32_t i = 0; i < p->n_runs; i++) {
         free_player(&s.players[i]);

@@ -16,9 +16,9 @@ typedef struct free_state {
     const kvs_play *p;
     const kvs_script *script;
     const kvs_message *messages;
-    kvs_session *trunk;    /* the history that all runs share, recording attention */
-    uint32_t first_turn;   /* played freely from here */
-    kvs_rendered tail;     /* the template's end of a turn */
+    kvs_session *trunk;  /* the history that all runs share, recording attention */
+    uint32_t first_turn; /* played freely from here */
+    kvs_rendered tail;   /* the template's end of a turn */
     float *logits;
     json_t *turns, *summary, *loops;
 } free_state;
@@ -108,7 +108,8 @@ static void record_degeneration(json_t *row, const free_state *s, uint32_t turn,
     kvs_error e;
     static const char *const rep[] = {"rep1", "rep2", "rep3", "rep4"};
     const bool ok = kvs_degeneration_measure(f->answer, f->n, s->script->tokens + t->begin, t->answer - t->begin, NULL,
-                                             &d, &e) == KVS_OK && d.valid;
+                                             &d, &e) == KVS_OK &&
+                    d.valid;
     for (int k = 0; k < 4; k++)
         json_object_set_new(row, rep[k], ok ? kvs_json_real(d.rep[k]) : json_null());
     json_object_set_new(row, "looped", ok ? json_boolean(d.looped) : json_null());
@@ -139,8 +140,8 @@ static void record_free_turn(free_state *s, const kvs_bench_run_spec *run, const
     json_object_set_new(row, "protocol", json_string("fr"));
     json_object_set_new(row, "token_begin", json_integer(t->begin));
     json_object_set_new(row, "token_end", json_integer((json_int_t)t->begin + f->n_prompt + f->n));
-    static const char *const forced_only[] = {"n_scored", "nll", "nll_ref", "kl_mean", "kl_p95", "kl_p99",
-                                              "kl_first32", "jsd", "top1", "rms_dp"};
+    static const char *const forced_only[] = {"n_scored", "nll",        "nll_ref", "kl_mean", "kl_p95",
+                                              "kl_p99",   "kl_first32", "jsd",     "top1",    "rms_dp"};
     for (size_t i = 0; i < sizeof forced_only / sizeof *forced_only; i++)
         json_object_set_new(row, forced_only[i], json_null());
     kvs_health h;
@@ -199,8 +200,8 @@ static void record_free_summary(free_state *s, const kvs_bench_run_spec *run, co
     json_object_set_new(row, "dialogue", json_string(s->script->id));
     json_object_set_new(row, "protocol", json_string("fr"));
     json_object_set_new(row, "n_tokens", json_integer((json_int_t)kvs_session_n_tokens(session)));
-    static const char *const forced_only[] = {"n_scored", "kl_mean", "kl_p99", "kl_median", "nll",
-                                              "nll_ref",  "ppl",     "ppl_ratio", "top1",   "jsd"};
+    static const char *const forced_only[] = {"n_scored", "kl_mean", "kl_p99",    "kl_median", "nll",
+                                              "nll_ref",  "ppl",     "ppl_ratio", "top1",      "jsd"};
     for (size_t i = 0; i < sizeof forced_only / sizeof *forced_only; i++)
         json_object_set_new(row, forced_only[i], json_null());
     json_object_set_new(row, "footprint", kvs_json_real(u.footprint));
@@ -276,8 +277,8 @@ static kvs_status play_run(free_state *s, const kvs_bench_run_spec *run, kvs_err
     KVS_TRY(kvs_session_fork(s->trunk, &o, &session, err));
     /* What of the history lies past the trigger is read by each run for itself. */
     const uint32_t shared = (uint32_t)kvs_session_n_tokens(s->trunk);
-    kvs_status status = kvs_session_extend(session, s->script->tokens + shared, s->script->flags + shared,
-                                           begin - shared, NULL, err);
+    kvs_status status =
+        kvs_session_extend(session, s->script->tokens + shared, s->script->flags + shared, begin - shared, NULL, err);
     if (status == KVS_OK)
         status = run_turns(s, run, session, err);
     kvs_session_free(&session);
@@ -300,8 +301,8 @@ static kvs_status play_runs(free_state *s, kvs_error *err)
     for (uint32_t i = 1; i < s->p->n_runs; i++)
         shared = kvs_min_u32(shared, s->p->runs[i].first_tokens);
     kvs_session_options o;
-    const kvs_bench_run_spec trunk = {.is_reference = true, .policy = "attention_top +protect=none",
-                                      .position = "keep"};
+    const kvs_bench_run_spec trunk = {
+        .is_reference = true, .policy = "attention_top +protect=none", .position = "keep"};
     kvs_play_options(s->p, &trunk, s->script->n_tokens, &o);
     o.arith = KVS_ARITH_NATIVE;
     KVS_TRY(kvs_session_create(s->p->model, &o, &s->trunk, err));

@@ -13,11 +13,11 @@
 #include <string.h>
 
 enum {
-    BLOCK_TOKENS = 256,    /* rows a run feeds at once: no logits are needed between questions */
-    PROBE_TOKENS = 256,    /* room of the scoring fork; an answer's beginning and one candidate need a tenth */
+    BLOCK_TOKENS = 256, /* rows a run feeds at once: no logits are needed between questions */
+    PROBE_TOKENS = 256, /* room of the scoring fork; an answer's beginning and one candidate need a tenth */
     CANDIDATES_MAX = 16,
-    MESSAGES_MAX = 4096,   /* of one generated dialogue */
-    BYTES_PER_TOKEN = 4,   /* of English text, roughly: bounds a filler without tokenising all of them */
+    MESSAGES_MAX = 4096, /* of one generated dialogue */
+    BYTES_PER_TOKEN = 4, /* of English text, roughly: bounds a filler without tokenising all of them */
 };
 
 /* ---- the dialogue ---- */
@@ -378,8 +378,8 @@ static kvs_status open_probe(const recall_state *s, recaller *r, kvs_error *err)
     kvs_session *from = r == &s->recallers[0] ? s->trunk[0] : r->session;
     kvs_usage u;
     kvs_session_get_usage(from, &u);
-    kvs_bench_run_spec spec = {.is_reference = true, .policy = "baseline",
-                               .budget_tokens = (uint32_t)u.budget_tokens + PROBE_TOKENS};
+    kvs_bench_run_spec spec = {
+        .is_reference = true, .policy = "baseline", .budget_tokens = (uint32_t)u.budget_tokens + PROBE_TOKENS};
     snprintf(spec.position, sizeof spec.position, "%s", r->spec->position);
     kvs_session_options o;
     kvs_play_options(s->p, &spec, 0, &o);
@@ -393,11 +393,16 @@ static kvs_status step_probes(recall_state *s, uint32_t candidate, batch *b, kvs
     memset(want, 1, sizeof want);
     memset(flags, KVS_TOKEN_ASSISTANT, sizeof flags);
     const uint32_t answer = s->script->turns[s->turn].answer;
-    kvs_run step = {.tokens = s->script->tokens + answer, .flags = s->script->flags + answer,
-                    .n_tokens = s->context_end - answer, .on_logits = on_context};
+    kvs_run step = {.tokens = s->script->tokens + answer,
+                    .flags = s->script->flags + answer,
+                    .n_tokens = s->context_end - answer,
+                    .on_logits = on_context};
     if (candidate != UINT32_MAX)
-        step = (kvs_run){.tokens = s->tail[candidate], .flags = flags, .n_tokens = s->n_tail[candidate] - 1,
-                         .on_logits = on_tail, .want = want};
+        step = (kvs_run){.tokens = s->tail[candidate],
+                         .flags = flags,
+                         .n_tokens = s->n_tail[candidate] - 1,
+                         .on_logits = on_tail,
+                         .want = want};
     b->n = 0;
     for (uint32_t i = 0; i < s->p->n_runs; i++) {
         recaller *r = &s->recallers[i];
@@ -603,8 +608,8 @@ kvs_status kvs_play_recall(const kvs_play *p, const kvs_script *script, json_t *
         json_decref(s.rows);
         return status;
     }
-    *part = json_pack("{s:{s:s,s:i,s:i,s:i},s:o}", "dialogue", "id", script->id, "n_turns", (int)script->n_turns,
-                      "n_tokens", (int)script->n_tokens, "n_questions", (int)script->dialogue->n_facts, "recall",
-                      s.rows);
+    *part =
+        json_pack("{s:{s:s,s:i,s:i,s:i},s:o}", "dialogue", "id", script->id, "n_turns", (int)script->n_turns,
+                  "n_tokens", (int)script->n_tokens, "n_questions", (int)script->dialogue->n_facts, "recall", s.rows);
     return *part != NULL ? KVS_OK : kvs_error_set(err, KVS_ENOMEM, "no memory for a record");
 }

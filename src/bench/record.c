@@ -41,12 +41,18 @@ void kvs_record_positions(json_t *row, const kvs_session *s)
         const char *name;
         double value;
     } all[] = {
-        {"ldd", p.ldd},           {"rddi", p.rddi},
-        {"future", p.future},     {"out_of_window", p.out_of_window},
-        {"collision", p.collision}, {"order", p.order},
-        {"backward", p.backward}, {"gap", p.gap},
-        {"seam", p.seam},         {"adjacency", p.adjacency},
-        {"prefix", p.prefix},     {"template_integrity", p.template_integrity},
+        {"ldd", p.ldd},
+        {"rddi", p.rddi},
+        {"future", p.future},
+        {"out_of_window", p.out_of_window},
+        {"collision", p.collision},
+        {"order", p.order},
+        {"backward", p.backward},
+        {"gap", p.gap},
+        {"seam", p.seam},
+        {"adjacency", p.adjacency},
+        {"prefix", p.prefix},
+        {"template_integrity", p.template_integrity},
     };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         json_object_set_new(row, all[i].name, kvs_json_real(all[i].value));
@@ -96,8 +102,8 @@ static kvs_status append(kvs_script *s, const kvs_rendered *r, kvs_error *err)
     return KVS_OK;
 }
 
-static kvs_status render_turn(const kvs_model *m, const kvs_message *messages, size_t from,
-                              size_t end, kvs_script *s, kvs_error *err)
+static kvs_status render_turn(const kvs_model *m, const kvs_message *messages, size_t from, size_t end, kvs_script *s,
+                              kvs_error *err)
 {
     kvs_rendered r;
     KVS_TRY(kvs_chat_render(m, messages, end, from, false, &r, err));

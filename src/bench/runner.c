@@ -26,13 +26,13 @@ typedef struct bench {
     kvs_bench_run_spec runs[KVS_BENCH_RUNS_MAX];
     uint32_t n_runs, n_dialogues;
     kvs_dialogue_set data, dialogues;
-    kvs_script *scripts;   /* [n_dialogues] */
+    kvs_script *scripts; /* [n_dialogues] */
     kvs_arith arith;
     kvs_kv_type kv_type;
-    char key[17];          /* of the configuration: parts of another are not reused */
+    char key[17]; /* of the configuration: parts of another are not reused */
     char started[32];
-    json_t *parts;         /* loaded or made, in dialogue order */
-    json_t *recall_parts;  /* the same of dialogues with planted facts */
+    json_t *parts;        /* loaded or made, in dialogue order */
+    json_t *recall_parts; /* the same of dialogues with planted facts */
     /* progress */
     double *cost, cost_done, cost_total;
     uint32_t current;
@@ -139,9 +139,10 @@ static void make_key(bench *b)
     const char *sha = kvs_model_sha256(b->model);
     XXH64_update(h, sha, strlen(sha));
     XXH64_update(h, b->runs, b->n_runs * sizeof *b->runs);
-    const uint64_t words[] = {b->opt->seed,   (uint64_t)b->arith,        (uint64_t)b->kv_type, b->data.xxh64,
-                              b->opt->paper_compat, b->scaled.trigger_tokens, b->scaled.target_tokens,
-                              b->scaled.long_tokens, b->scaled.n_long, b->scaled.free_turns, b->scaled.free_tokens};
+    const uint64_t words[] = {
+        b->opt->seed,         (uint64_t)b->arith,       (uint64_t)b->kv_type,    b->data.xxh64,
+        b->opt->paper_compat, b->scaled.trigger_tokens, b->scaled.target_tokens, b->scaled.long_tokens,
+        b->scaled.n_long,     b->scaled.free_turns,     b->scaled.free_tokens};
     XXH64_update(h, words, sizeof words);
     snprintf(b->key, sizeof b->key, "%016llx", (unsigned long long)XXH64_digest(h));
     XXH64_freeState(h);
@@ -295,8 +296,15 @@ static kvs_status play_dialogues(bench *b, bool *complete, kvs_error *err)
 
 static kvs_status play_recall(bench *b, uint32_t i, json_t **part, kvs_error *err)
 {
-    const kvs_play play = {.model = b->model, .suite = &b->scaled, .opt = b->opt, .runs = b->runs, .n_runs = b->n_runs,
-                           .arith = b->arith, .kv_type = b->kv_type, .progress = on_recall_progress, .ctx = b};
+    const kvs_play play = {.model = b->model,
+                           .suite = &b->scaled,
+                           .opt = b->opt,
+                           .runs = b->runs,
+                           .n_runs = b->n_runs,
+                           .arith = b->arith,
+                           .kv_type = b->kv_type,
+                           .progress = on_recall_progress,
+                           .ctx = b};
     kvs_dialogue d;
     kvs_script script;
     b->current = i;
@@ -376,8 +384,8 @@ static json_t *runs_json(const bench *b, uint64_t token_bytes)
     for (uint32_t i = 0; i < b->n_runs; i++) {
         const kvs_bench_run_spec *r = &b->runs[i];
         kvs_policy p;
-        const bool ok = kvs_policy_parse(r->policy, r->position, b->opt->paper_compat && !r->is_reference, &p, NULL) ==
-                        KVS_OK;
+        const bool ok =
+            kvs_policy_parse(r->policy, r->position, b->opt->paper_compat && !r->is_reference, &p, NULL) == KVS_OK;
         const uint64_t tokens = r->budget_tokens;
         json_array_append_new(
             list, json_pack("{s:s,s:s,s:s,s:s,s:I,s:I,s:b}", "run", r->id, "policy", r->policy, "policy_full",
@@ -393,7 +401,7 @@ static json_t *dialogues_json(const json_t *parts)
     json_t *list = json_array();
     size_t i;
     json_t *part;
-    json_array_foreach(parts, i, part)
+    json_array_foreach (parts, i, part)
         json_array_append(list, json_object_get(part, "dialogue"));
     return list;
 }
@@ -410,8 +418,9 @@ static kvs_status write_manifest(bench *b, const json_t *claims, double noise_fl
     const uint64_t token_bytes = (uint64_t)json_integer_value(json_object_get(model, "kv_bytes_per_token"));
     json_t *m = json_object();
     json_object_set_new(m, "schema", json_integer(1));
-    json_object_set_new(m, "kvasir", json_pack("{s:s,s:s,s:b}", "version", kvs_version(), "commit", KVS_GIT_COMMIT,
-                                               "dirty", KVS_GIT_DIRTY));
+    json_object_set_new(
+        m, "kvasir",
+        json_pack("{s:s,s:s,s:b}", "version", kvs_version(), "commit", KVS_GIT_COMMIT, "dirty", KVS_GIT_DIRTY));
 #ifdef __clang__
     json_object_set_new(m, "compiler", json_string("clang " __clang_version__));
 #else
@@ -422,17 +431,20 @@ static kvs_status write_manifest(bench *b, const json_t *claims, double noise_fl
     json_object_set_new(m, "model", model);
     json_object_set_new(m, "suite", json_string(b->suite->name));
     json_object_set_new(m, "command", json_string(b->opt->command_line != NULL ? b->opt->command_line : ""));
-    json_object_set_new(m, "data", json_pack("{s:s,s:s,s:s,s:i}", "name", b->data.name, "xxh64", data_hash, "licence",
-                                             b->data.licence != NULL ? b->data.licence : "unknown", "n_dialogues",
-                                             (int)b->data.n_items));
+    json_object_set_new(m, "data",
+                        json_pack("{s:s,s:s,s:s,s:i}", "name", b->data.name, "xxh64", data_hash, "licence",
+                                  b->data.licence != NULL ? b->data.licence : "unknown", "n_dialogues",
+                                  (int)b->data.n_items));
     json_object_set_new(m, "seed", json_integer((json_int_t)b->opt->seed));
     json_object_set_new(m, "arith", json_string(b->arith == KVS_ARITH_F32 ? "f32" : "native"));
     json_object_set_new(m, "kv_type", json_string(b->kv_type == KVS_KV_F32 ? "f32" : "f16"));
-    json_object_set_new(m, "trigger", json_pack("{s:I,s:I}", "tokens", (json_int_t)b->scaled.trigger_tokens, "bytes",
-                                                (json_int_t)(b->scaled.trigger_tokens * token_bytes)));
+    json_object_set_new(m, "trigger",
+                        json_pack("{s:I,s:I}", "tokens", (json_int_t)b->scaled.trigger_tokens, "bytes",
+                                  (json_int_t)(b->scaled.trigger_tokens * token_bytes)));
     json_object_set_new(m, "runs", runs_json(b, token_bytes));
-    json_object_set_new(m, "protocols", b->scaled.free_dialogues >= b->n_dialogues ? json_pack("[s,s]", "tf", "fr")
-                                                                                   : json_pack("[s]", "tf"));
+    json_object_set_new(m, "protocols",
+                        b->scaled.free_dialogues >= b->n_dialogues ? json_pack("[s,s]", "tf", "fr")
+                                                                   : json_pack("[s]", "tf"));
     json_object_set_new(m, "dialogues", dialogues_json(b->parts));
     json_object_set_new(m, "recall_dialogues", dialogues_json(b->recall_parts));
     json_object_set_new(m, "noise_floor_kl", kvs_json_real(noise_floor));
@@ -450,8 +462,8 @@ static kvs_status write_folder(bench *b, bool complete, kvs_error *err)
     kvs_model_info info;
     kvs_model_get_info(b->model, &info);
     json_t *runs = runs_json(b, 1);
-    const kvs_claims_input in = {b->parts, runs, info.window_tokens, b->scaled.trigger_tokens, b->opt->seed,
-                                 b->recall_parts};
+    const kvs_claims_input in = {b->parts,     runs,           info.window_tokens, b->scaled.trigger_tokens,
+                                 b->opt->seed, b->recall_parts};
     double noise_floor;
     json_t *claims = kvs_claims(&in, &noise_floor);
     const char *dir = b->opt->out_dir;

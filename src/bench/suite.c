@@ -26,9 +26,14 @@ static const char *const paper_policies[] = {
     NULL,
 };
 static const char *const demo_policies[] = {
-    "attention_top:keep=0.99", "sliding_window_gist:gist={G},recent=0", "sliding_window_gist:gist={G},recent={R}",
-    "evict_oldest",            "random",                                "streaming",
-    "llama_context_shift",     NULL,
+    "attention_top:keep=0.99",
+    "sliding_window_gist:gist={G},recent=0",
+    "sliding_window_gist:gist={G},recent={R}",
+    "evict_oldest",
+    "random",
+    "streaming",
+    "llama_context_shift",
+    NULL,
 };
 static const char *const smoke_policies[] = {"attention_top:keep=0.99", "sliding_window_gist:gist={G},recent=0",
                                              "sliding_window_gist:gist={G},recent={R}", "streaming", NULL};
@@ -36,19 +41,56 @@ static const char *const three_modes[] = {"rollback", "keep", "rerotate", NULL};
 static const char *const all_modes[] = {"rollback", "keep", "rerotate", "gapcap:16", NULL};
 
 static const kvs_suite suites[] = {
-    {.name = "smoke", .doc = "seconds: one short dialogue, for tests", .n_dialogues = 1, .target_tokens = 520,
-     .trigger_tokens = 320, .free_dialogues = 1, .free_turns = 1, .free_tokens = 40, .policies = smoke_policies,
+    {.name = "smoke",
+     .doc = "seconds: one short dialogue, for tests",
+     .n_dialogues = 1,
+     .target_tokens = 520,
+     .trigger_tokens = 320,
+     .free_dialogues = 1,
+     .free_turns = 1,
+     .free_tokens = 40,
+     .policies = smoke_policies,
      .positions = three_modes},
-    {.name = "demo", .doc = "`make bench`: a few minutes on two cores", .n_dialogues = 4, .target_tokens = 2000,
-     .trigger_tokens = 1200, .free_dialogues = 1, .free_turns = 2, .free_tokens = 64, .n_recall = 2, .recall_facts = 6,
-     .policies = demo_policies, .positions = three_modes},
-    {.name = "paper", .doc = "arXiv 2511.04686: trigger 4,800 tokens, gist 2,000, all strategies x three modes",
-     .n_dialogues = 8, .n_long = 2, .target_tokens = 5600, .long_tokens = 10300, .trigger_tokens = 4800,
-     .free_dialogues = 4, .free_turns = 2, .free_tokens = 128, .n_recall = 6, .recall_facts = 8,
-     .policies = paper_policies, .positions = three_modes},
-    {.name = "full", .doc = "the paper suite on 30 dialogues and with gapcap", .n_dialogues = 30, .n_long = 4,
-     .target_tokens = 5600, .long_tokens = 10300, .trigger_tokens = 4800, .free_dialogues = 8, .free_turns = 2,
-     .free_tokens = 128, .n_recall = 12, .recall_facts = 8, .policies = paper_policies, .positions = all_modes},
+    {.name = "demo",
+     .doc = "`make bench`: a few minutes on two cores",
+     .n_dialogues = 4,
+     .target_tokens = 2000,
+     .trigger_tokens = 1200,
+     .free_dialogues = 1,
+     .free_turns = 2,
+     .free_tokens = 64,
+     .n_recall = 2,
+     .recall_facts = 6,
+     .policies = demo_policies,
+     .positions = three_modes},
+    {.name = "paper",
+     .doc = "arXiv 2511.04686: trigger 4,800 tokens, gist 2,000, all strategies x three modes",
+     .n_dialogues = 8,
+     .n_long = 2,
+     .target_tokens = 5600,
+     .long_tokens = 10300,
+     .trigger_tokens = 4800,
+     .free_dialogues = 4,
+     .free_turns = 2,
+     .free_tokens = 128,
+     .n_recall = 6,
+     .recall_facts = 8,
+     .policies = paper_policies,
+     .positions = three_modes},
+    {.name = "full",
+     .doc = "the paper suite on 30 dialogues and with gapcap",
+     .n_dialogues = 30,
+     .n_long = 4,
+     .target_tokens = 5600,
+     .long_tokens = 10300,
+     .trigger_tokens = 4800,
+     .free_dialogues = 8,
+     .free_turns = 2,
+     .free_tokens = 128,
+     .n_recall = 12,
+     .recall_facts = 8,
+     .policies = paper_policies,
+     .positions = all_modes},
 };
 
 enum { N_SUITES = sizeof suites / sizeof *suites };
@@ -67,7 +109,6 @@ const kvs_suite *kvs_suite_find(const char *name)
 }
 
 /* ---- the grid ---- */
-
 
 static uint32_t placeholder(char c, uint32_t trigger)
 {

@@ -8,27 +8,27 @@ enum { KVS_BENCH_RUNS_MAX = 120 };
 
 typedef struct kvs_suite {
     const char *name, *doc;
-    uint32_t n_dialogues;    /* chained to target_tokens */
-    uint32_t n_long;         /* the first n_long of them are chained to long_tokens instead: past the window */
+    uint32_t n_dialogues; /* chained to target_tokens */
+    uint32_t n_long;      /* the first n_long of them are chained to long_tokens instead: past the window */
     uint32_t target_tokens, long_tokens;
-    uint32_t trigger_tokens; /* where the schedule acts */
-    uint32_t free_dialogues; /* that are also played free-running */
+    uint32_t trigger_tokens;          /* where the schedule acts */
+    uint32_t free_dialogues;          /* that are also played free-running */
     uint32_t free_turns, free_tokens; /* turns after the trigger, tokens an answer */
-    uint32_t n_recall;       /* dialogues with planted facts, past the trigger before the first question */
-    uint32_t recall_facts;   /* planted in each, one question about each */
+    uint32_t n_recall;                /* dialogues with planted facts, past the trigger before the first question */
+    uint32_t recall_facts;            /* planted in each, one question about each */
     const char *const *policies;      /* [NULL-terminated] with %T, %G, %R, ... filled in by kvs_suite_runs */
     const char *const *positions;     /* [NULL-terminated] */
 } kvs_suite;
 
 /* One cell of the grid. */
 typedef struct kvs_bench_run_spec {
-    char id[160];      /* unique: what a person reads in tables */
-    char policy[416];  /* as given to the session */
+    char id[160];     /* unique: what a person reads in tables */
+    char policy[416]; /* as given to the session */
     char position[24];
-    uint32_t budget_tokens;   /* 0: the whole dialogue */
+    uint32_t budget_tokens; /* 0: the whole dialogue */
     uint64_t budget_bytes;
-    uint32_t first_tokens;    /* no eviction can happen before this many tokens were said */
-    bool is_reference;        /* the full cache */
+    uint32_t first_tokens; /* no eviction can happen before this many tokens were said */
+    bool is_reference;     /* the full cache */
 } kvs_bench_run_spec;
 
 const kvs_suite *kvs_suite_find(const char *name);
