@@ -33,7 +33,7 @@ define build
 	    echo "built $(2) in $(1) ($$(( $$(date +%s) - start )) s)"
 endef
 
-.PHONY: all setup bench test oracle-llama asan tsan lint fuzz bench-kernels compare-speed warnings install \
+.PHONY: all setup bench test oracle-llama oracle-transformers asan tsan lint fuzz bench-kernels compare-speed warnings install \
         clean help $(BUILD)/kvasir
 
 all: setup ## build/kvasir and libkvasir.so
@@ -60,6 +60,10 @@ test: setup ## unit tests, no network; the last line is "N passed, N failed"
 oracle-llama: setup ## Kvasir's logits against libllama's
 	$(call build,$(BUILD),oracle-tests,)
 	@scripts/run-tests $(BUILD) oracle -j 1
+
+oracle-transformers: setup ## --arith f32 against transformers in f32 (optional: 3 GB from PyPI, once)
+	$(call build,$(BUILD),kvasir,)
+	@scripts/oracle-transformers --kvasir $(BUILD)/kvasir $(ARGS) || { [ $$? = 77 ] && echo "skipped"; }
 
 asan: setup ## unit tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(call build,$(BUILD)-asan,unit-tests,-DKVS_SANITIZE=address$(comma)undefined)
