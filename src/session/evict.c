@@ -139,8 +139,8 @@ uint32_t kvs_keep_default(const kvs_session *s)
         cap = s->policy.schedule_value < cap ? s->policy.schedule_value : cap;
     if (s->policy.schedule == KVS_SCHEDULE_BYTES) {
         const kvs_model_info *i = &s->model->info;
-        const uint64_t token_bytes = (uint64_t)i->n_layers * i->n_kv_heads * 2 * i->head_dim *
-                                     (s->options.kv_type == KVS_KV_F32 ? 4 : 2);
+        const uint64_t token_bytes =
+            (uint64_t)i->n_layers * i->n_kv_heads * 2 * i->head_dim * (s->options.kv_type == KVS_KV_F32 ? 4 : 2);
         const uint64_t trigger = s->policy.schedule_value / token_bytes;
         cap = trigger > 1 && trigger < cap ? trigger : cap;
     }
@@ -168,7 +168,11 @@ static kvs_status select_heads(kvs_session *s, uint32_t begin, uint32_t end, uin
     const uint64_t t0 = kvs_now_ns();
     const kvs_policy_view v = score_heads(s, begin, end);
     const uint64_t t1 = kvs_now_ns();
-    const uint32_t target = keep_override != 0 ? kvs_max_u32(keep_override, kvs_protected_count(&s->policy.protect, &v))
+    /* An override that the budget asks for cannot go below what is protected; where nothing else is left, kvs_select
+     * says so. */
+    const uint32_t floor_tokens =
+        kvs_min_u32(kvs_protected_count(&s->policy.protect, &v), v.n_slots > 0 ? v.n_slots - 1 : 0);
+    const uint32_t target = keep_override != 0 ? kvs_max_u32(keep_override, floor_tokens)
                                                : kvs_policy_target(&s->policy, &v, kvs_keep_default(s));
     uint8_t *keep = e->keep + (size_t)begin * e->n_slots;
     KVS_TRY(kvs_select(&s->policy.protect, &v, e->scores, target, keep, e->select, err));
