@@ -161,7 +161,7 @@ static void copies(kvs_model *m, setting *c, uint32_t chunk)
 {
     kvs_error err = {.message = ""};
     kvs_session *s = open_session(m, c, chunk), *child, *loaded = open_session(m, c, chunk);
-    size_t n_bytes;
+    size_t n_bytes = 0;
     extend(s, 0, CUT, N, &c->got);
     float *first = malloc(sizeof(float) * N_KEPT * vocab);
     if (first == NULL || kvs_session_save(s, NULL, 0, &n_bytes, &err) != KVS_OK)
