@@ -51,10 +51,18 @@ static size_t mutate(uint8_t *buf, const seed *s)
     for (uint32_t k = draw(8); k > 0 && n > 0; k--) {
         const uint32_t at = draw((uint32_t)n);
         switch (draw(4)) {
-        case 0: buf[at] ^= (uint8_t)(1u << draw(8)); break;
-        case 1: buf[at] = (uint8_t)draw(256); break;
-        case 2: n = at; break;
-        default: memset(buf + at, draw(2) ? 0xff : 0, n - at < 8 ? n - at : 8); break;
+        case 0:
+            buf[at] ^= (uint8_t)(1u << draw(8));
+            break;
+        case 1:
+            buf[at] = (uint8_t)draw(256);
+            break;
+        case 2:
+            n = at;
+            break;
+        default:
+            memset(buf + at, draw(2) ? 0xff : 0, n - at < 8 ? n - at : 8);
+            break;
         }
     }
     return n;

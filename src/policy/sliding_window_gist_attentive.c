@@ -26,7 +26,8 @@ const kvs_policy_ops kvs_policy_sliding_window_gist_attentive = {
     .name = "sliding_window_gist_attentive",
     .doc = "gist, recent, and the most attended tokens between",
     .source = "arXiv:2511.04686",
-    .exactness = "exact with +protect=none; before a turn, without scores, the script draws at random and this skips the check",
+    .exactness =
+        "exact with +protect=none; before a turn, without scores, the script draws at random and this skips the check",
     .schedule = "full",
     .position = "rerotate",
     .scope = KVS_SCOPE_SHARED,
