@@ -46,7 +46,7 @@ $(BUILD)/kvasir: setup
 	$(call build,$(BUILD),kvasir,)
 
 # Real dialogues where they are at hand; KVASIR_DATA= asks for the embedded ones.
-KVASIR_DATA ?= $(wildcard ../shared/data)
+KVASIR_DATA ?= $(abspath $(wildcard ../shared/data))
 export KVASIR_DATA
 
 bench: setup ## the main job: build/kvasir bench --suite demo (more with ARGS="...")
