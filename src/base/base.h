@@ -55,6 +55,13 @@ typedef void (*kvs_task_fn)(void *ctx, uint32_t task, uint32_t thread);
 kvs_pool *kvs_pool_create(const kvs_allocator *a, uint32_t n_threads);
 void kvs_pool_free(kvs_pool *pool);
 uint32_t kvs_pool_n_threads(const kvs_pool *pool);
+/* Around many runs by one thread: gives the caller the core that the pool's workers leave free, and puts it back. */
+typedef struct kvs_affinity {
+    uint64_t mask[16];
+    bool valid;
+} kvs_affinity;
+void kvs_pool_enter(kvs_pool *pool, kvs_affinity *saved);
+void kvs_pool_leave(const kvs_affinity *saved);
 /* Runs fn for task 0..n_tasks-1, handed out in order, and returns when all are done. Calls from different threads
  * are serialised. */
 void kvs_pool_run(kvs_pool *pool, kvs_task_fn fn, void *ctx, uint32_t n_tasks);

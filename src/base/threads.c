@@ -43,8 +43,8 @@ static inline void cpu_relax(void)
 
 /* Schedulers that pack threads (some virtual machines put two busy threads on one core for whole seconds) cost a
  * factor of two and more here, where every product waits for the slowest thread. So when the pool may use every core
- * it has, thread i stays on the i-th. The caller is moved too, once: it is one of the pool's threads while a step
- * runs. A pool of fewer threads than cores pins nothing, so that several processes can share a machine. */
+ * it has, thread i stays on the i-th. The caller is one of the pool's threads while a step runs: kvs_pool_enter moves
+ * it, kvs_pool_leave puts it back, since threads that it starts would inherit its place. A pool of fewer threads than cores pins nothing, so that several processes can share a machine. */
 static void pin_to_core(const cpu_set_t *cores, uint32_t index)
 {
     cpu_set_t one;
@@ -66,9 +66,6 @@ static void read_process_cores(void)
     if (sched_getaffinity(0, sizeof process_cores, &process_cores) != 0)
         CPU_ZERO(&process_cores);
 }
-
-/* The pool the calling thread was pinned for: once is enough. */
-static _Thread_local const kvs_pool *pinned_for;
 
 static void work(kvs_pool *p, uint32_t thread)
 {
@@ -136,10 +133,6 @@ void kvs_pool_run(kvs_pool *p, kvs_task_fn fn, void *ctx, uint32_t n_tasks)
     p->fn = fn;
     p->ctx = ctx;
     p->n_tasks = n_tasks;
-    if (p->pinned && pinned_for != p) {
-        pin_to_core(&process_cores, 0);
-        pinned_for = p;
-    }
     start_run(p);
     work(p, 0);
     unsigned spins = 0;
@@ -150,6 +143,20 @@ void kvs_pool_run(kvs_pool *p, kvs_task_fn fn, void *ctx, uint32_t n_tasks)
             sched_yield();
     }
     pthread_mutex_unlock(&p->run_lock);
+}
+
+void kvs_pool_enter(kvs_pool *p, kvs_affinity *saved)
+{
+    _Static_assert(sizeof(cpu_set_t) <= sizeof saved->mask, "kvs_affinity holds a CPU set");
+    saved->valid = p->pinned && sched_getaffinity(0, sizeof(cpu_set_t), (cpu_set_t *)(void *)saved->mask) == 0;
+    if (saved->valid)
+        pin_to_core(&process_cores, 0);
+}
+
+void kvs_pool_leave(const kvs_affinity *saved)
+{
+    if (saved->valid)
+        (void)sched_setaffinity(0, sizeof(cpu_set_t), (const cpu_set_t *)(const void *)saved->mask);
 }
 
 uint32_t kvs_cores_available(void)

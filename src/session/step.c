@@ -423,7 +423,10 @@ kvs_status kvs_step(kvs_run *runs, uint32_t n_runs, kvs_error *err)
     KVS_TRY(kvs_session_forward(runs[0].session, &f, err));
     uint32_t at[KVS_STEP_ROWS_MAX] = {0};
     pthread_mutex_lock(&f->lock);
+    kvs_affinity saved;
+    kvs_pool_enter(f->model->pool, &saved);
     const kvs_status status = step_locked(f, runs, n_runs, at, err);
+    kvs_pool_leave(&saved);
     pthread_mutex_unlock(&f->lock);
     return status;
 }

@@ -19,7 +19,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { DEPTH = 8000, STRIDE = 4, BLOCK = 500 };
+enum { DEPTH = 8000, NATIVE_DEPTH = 4000, STRIDE = 4, BLOCK = 500 };
 
 static int n_passed, n_failed;
 
@@ -215,6 +215,8 @@ int main(int argc, char **argv)
         decode_reference(&ref_wide, tokens, at, want, wide_logits, vocab);
         extend(s_wide, tokens, at, want, &f32);
         extend(s_same, tokens, at, want, &same);
+        if (at >= NATIVE_DEPTH) /* libllama's own integer path is slow, and its noise does not change with depth */
+            continue;
         extend(s, tokens, at, want, &native);
         decode_reference(&ref, tokens, at, want, ref_logits, vocab);
         theirs.at = 0;
