@@ -44,7 +44,7 @@ foreach(f ${ORACLE_TESTS})
   kvs_test_executable(${name} ${f} oracle-tests "$<$<BOOL:${CMOCKA_FOUND}>:PkgConfig::CMOCKA>")
   add_test(NAME ${name} COMMAND ${name})
   # Each uses all cores of the machine: one at a time.
-  set_tests_properties(${name} PROPERTIES LABELS oracle TIMEOUT 600 RUN_SERIAL ON SKIP_RETURN_CODE 77)
+  set_tests_properties(${name} PROPERTIES LABELS oracle TIMEOUT 1500 RUN_SERIAL ON SKIP_RETURN_CODE 77)
 endforeach()
 foreach(f ${KERNEL_BENCHES})
   get_filename_component(name ${f} NAME_WE)
