@@ -13,6 +13,9 @@
 
 /* Fills err (may be NULL) and returns status, so that `return kvs_error_set(...)` reads as one thought. */
 kvs_status kvs_error_set(kvs_error *err, kvs_status status, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
+#ifdef __clang_analyzer__ /* which does not look into error.c and would follow the path on which no error comes back */
+#define kvs_error_set(err, status, ...) (kvs_error_set(err, status, __VA_ARGS__), (status))
+#endif
 
 #define KVS_TRY(expr)                                                                                                  \
     do {                                                                                                               \
@@ -74,6 +77,9 @@ enum {
     KVS_CPU_AVX512 = 1u << 1, /* F, BW, DQ, VL */
     KVS_CPU_VNNI = 1u << 2,   /* AVX512-VNNI */
     KVS_CPU_BF16 = 1u << 3,   /* AVX512-BF16 */
+    KVS_CPU_NEON = 1u << 4,
+    KVS_CPU_DOTPROD = 1u << 5, /* NEON's 8-bit dot products, SDOT */
+    KVS_CPU_END = 1u << 6,
 };
 /* What the machine and its operating system allow. */
 uint32_t kvs_cpu_flags(void);

@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#undef kvs_error_set
 kvs_status kvs_error_set(kvs_error *err, kvs_status status, const char *fmt, ...)
 {
     if (err != NULL) {

@@ -15,15 +15,46 @@ _Static_assert(sizeof(block_header) == KVS_ALIGN, "the header keeps the block al
 
 #define MMAP_FROM_BYTES ((size_t)1 << 20)
 
+/* Decoding streams the whole cache and all weights once a token. With 4 KiB pages every one of them is a walk of the page
+ * table (two nested ones in a virtual machine) and an end for the hardware's prefetchers; and touching a block first
+ * costs a fault each. From this size on a block is offered to the kernel in huge pages. What is never touched still
+ * costs nothing, in steps of HUGE_BYTES. */
+#define HUGE_BYTES         ((size_t)2 << 20)
+#define HUGE_FROM_BYTES    (4 * HUGE_BYTES)
+#define LARGEST_PAGE_BYTES ((size_t)64 << 10) /* of any kernel this runs on: munmap takes whole pages */
+
+/* total bytes, a multiple of every page size, at a border of HUGE_BYTES: one more is mapped, and what stands out at both
+ * ends is given back. */
+static void *map_huge(size_t total)
+{
+    if (total > SIZE_MAX - HUGE_BYTES)
+        return MAP_FAILED;
+    uint8_t *const base = mmap(NULL, total + HUGE_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (base == MAP_FAILED)
+        return MAP_FAILED;
+    uint8_t *const at = base + (HUGE_BYTES - (uintptr_t)base % HUGE_BYTES) % HUGE_BYTES;
+    uint8_t *const end = at + total;
+    if (at != base)
+        munmap(base, (size_t)(at - base));
+    if (end < base + total + HUGE_BYTES)
+        munmap(end, (size_t)(base + total + HUGE_BYTES - end));
+#ifdef MADV_HUGEPAGE
+    (void)madvise(at, total, MADV_HUGEPAGE); /* a refusal costs speed only */
+#endif
+    return at;
+}
+
 static void *default_alloc(void *ctx, size_t size_bytes)
 {
     (void)ctx;
-    if (size_bytes > SIZE_MAX - 2 * KVS_ALIGN)
+    if (size_bytes > SIZE_MAX - LARGEST_PAGE_BYTES - KVS_ALIGN)
         return NULL;
-    const size_t total = kvs_round_up(size_bytes + sizeof(block_header), KVS_ALIGN);
+    size_t total = kvs_round_up(size_bytes + sizeof(block_header), KVS_ALIGN);
     block_header *h;
     if (total >= MMAP_FROM_BYTES) {
-        h = mmap(NULL, total, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        total = kvs_round_up(total, LARGEST_PAGE_BYTES);
+        h = total >= HUGE_FROM_BYTES ? map_huge(total)
+                                     : mmap(NULL, total, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (h == MAP_FAILED)
             return NULL;
         h->mapped_bytes = total;

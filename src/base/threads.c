@@ -1,4 +1,4 @@
-/* The thread pool: tasks are handed out in order from one counter; workers spin briefly, then sleep. */
+/* The thread pool: tasks are handed out in order from one counter; whoever waits spins briefly, then sleeps. */
 #include "base/base.h"
 
 #include <pthread.h>
@@ -7,7 +7,8 @@
 #include <unistd.h>
 
 /* Decode steps follow each other within microseconds, a conversation pauses for seconds: spin for the first, sleep
- * for the second. About 20 us on a 2.5 GHz core. */
+ * for the second. 20 to 200 us, as long as a pause instruction takes. Where there are more threads than cores, who
+ * spins keeps the one he waits for from running: nobody spins then. */
 enum { SPINS_BEFORE_SLEEP = 4000 };
 
 struct kvs_pool {
@@ -16,10 +17,12 @@ struct kvs_pool {
     pthread_t *threads;       /* [n_threads - 1] */
     pthread_mutex_t run_lock; /* one kvs_pool_run at a time */
     pthread_mutex_t sleep_lock;
-    pthread_cond_t wake;
+    pthread_cond_t wake, done;
     atomic_uint generation; /* bumped once per run: what workers wait for */
     atomic_uint n_sleeping;
     atomic_uint n_busy; /* workers still inside the current run */
+    atomic_bool caller_sleeps;
+    unsigned n_spins;
     atomic_uint next_task;
     atomic_bool stop;
     bool pinned;
@@ -44,7 +47,8 @@ static inline void cpu_relax(void)
 /* Schedulers that pack threads (some virtual machines put two busy threads on one core for whole seconds) cost a
  * factor of two and more here, where every product waits for the slowest thread. So when the pool may use every core
  * it has, thread i stays on the i-th. The caller is one of the pool's threads while a step runs: kvs_pool_enter moves
- * it, kvs_pool_leave puts it back, since threads that it starts would inherit its place. A pool of fewer threads than cores pins nothing, so that several processes can share a machine. */
+ * it, kvs_pool_leave puts it back, since threads that it starts would inherit its place. A pool of fewer threads than
+ * cores pins nothing, so that several processes can share a machine. */
 static void pin_to_core(const cpu_set_t *cores, uint32_t index)
 {
     cpu_set_t one;
@@ -88,7 +92,7 @@ static void *worker_main(void *arg)
     for (;;) {
         unsigned spins = 0;
         while (atomic_load_explicit(&p->generation, memory_order_acquire) == seen) {
-            if (++spins < SPINS_BEFORE_SLEEP) {
+            if (++spins < p->n_spins) {
                 cpu_relax();
                 continue;
             }
@@ -103,8 +107,28 @@ static void *worker_main(void *arg)
         if (atomic_load(&p->stop))
             return NULL;
         work(p, thread);
-        atomic_fetch_sub_explicit(&p->n_busy, 1, memory_order_release);
+        if (atomic_fetch_sub(&p->n_busy, 1) == 1 && atomic_load(&p->caller_sleeps)) {
+            pthread_mutex_lock(&p->sleep_lock);
+            pthread_cond_signal(&p->done);
+            pthread_mutex_unlock(&p->sleep_lock);
+        }
     }
+}
+
+/* Sequentially consistent like the worker's count down: one of the two sees the other. */
+static void wait_for_workers(kvs_pool *p)
+{
+    for (unsigned spins = 0; spins < p->n_spins; spins++) {
+        if (atomic_load_explicit(&p->n_busy, memory_order_acquire) == 0)
+            return;
+        cpu_relax();
+    }
+    pthread_mutex_lock(&p->sleep_lock);
+    atomic_store(&p->caller_sleeps, true);
+    while (atomic_load(&p->n_busy) != 0)
+        pthread_cond_wait(&p->done, &p->sleep_lock);
+    atomic_store(&p->caller_sleeps, false);
+    pthread_mutex_unlock(&p->sleep_lock);
 }
 
 static void start_run(kvs_pool *p)
@@ -135,13 +159,7 @@ void kvs_pool_run(kvs_pool *p, kvs_task_fn fn, void *ctx, uint32_t n_tasks)
     p->n_tasks = n_tasks;
     start_run(p);
     work(p, 0);
-    unsigned spins = 0;
-    while (atomic_load_explicit(&p->n_busy, memory_order_acquire) != 0) {
-        if (++spins < SPINS_BEFORE_SLEEP)
-            cpu_relax();
-        else
-            sched_yield();
-    }
+    wait_for_workers(p);
     pthread_mutex_unlock(&p->run_lock);
 }
 
@@ -181,8 +199,10 @@ kvs_pool *kvs_pool_create(const kvs_allocator *a, uint32_t n_threads)
     pthread_mutex_init(&p->run_lock, NULL);
     pthread_mutex_init(&p->sleep_lock, NULL);
     pthread_cond_init(&p->wake, NULL);
+    pthread_cond_init(&p->done, NULL);
     p->n_threads = 1;
     p->pinned = n_threads > 1 && n_threads == kvs_cores_available();
+    p->n_spins = n_threads <= kvs_cores_available() ? SPINS_BEFORE_SLEEP : 0;
     if (p->threads == NULL || p->args == NULL) {
         kvs_pool_free(p);
         return NULL;
@@ -208,6 +228,7 @@ void kvs_pool_free(kvs_pool *p)
             pthread_join(p->threads[i - 1], NULL);
     }
     pthread_cond_destroy(&p->wake);
+    pthread_cond_destroy(&p->done);
     pthread_mutex_destroy(&p->sleep_lock);
     pthread_mutex_destroy(&p->run_lock);
     kvs_free(p->allocator, p->threads);

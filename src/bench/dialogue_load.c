@@ -247,7 +247,7 @@ static kvs_status check_utf8(loader *l)
         return KVS_OK;
     uint32_t line = 1;
     for (size_t i = 0; i < n_valid; i++)
-        line += l->bytes[i] == '\n';
+        line += l->bytes[i] == '\n'; /* NOLINT(clang-analyzer-core.UndefinedBinaryOperatorResult): from fread */
     return refuse(l, line, "invalid UTF-8 at byte %zu of the file", n_valid);
 }
 

@@ -212,11 +212,13 @@ static kvs_status step_together(const recall_state *s, batch *b, kvs_error *err)
 {
     kvs_error e = {0};
     const kvs_status status = b->n == 0 ? KVS_OK : kvs_step(b->steps, b->n, &e);
+    if (status == KVS_OK)
+        return KVS_OK;
     bool alone = status == KVS_EBUDGET;
     for (uint32_t i = 0; i < b->n; i++)
         if (b->steps[i].status != KVS_OK && (b->owner[i] == NULL || b->owner[i] == &s->recallers[0]))
             alone = false;
-    if (status != KVS_OK && !alone) {
+    if (!alone) {
         if (err != NULL)
             *err = e;
         return status;

@@ -440,7 +440,7 @@ static kvs_status write_manifest(bench *b, const json_t *claims, double noise_fl
     json_object_set_new(m, "kv_type", json_string(b->kv_type == KVS_KV_F32 ? "f32" : "f16"));
     json_object_set_new(m, "trigger",
                         json_pack("{s:I,s:I}", "tokens", (json_int_t)b->scaled.trigger_tokens, "bytes",
-                                  (json_int_t)(b->scaled.trigger_tokens * token_bytes)));
+                                  (json_int_t)b->scaled.trigger_tokens * (json_int_t)token_bytes));
     json_object_set_new(m, "runs", runs_json(b, token_bytes));
     json_object_set_new(m, "protocols",
                         b->scaled.free_dialogues >= b->n_dialogues ? json_pack("[s,s]", "tf", "fr")

@@ -166,7 +166,7 @@ void kvs_cache_free(kvs_cache **cache)
     if (c == NULL)
         return;
     *cache = NULL;
-    if (c->n_held > 0)
+    if (c->heads != NULL && c->pages != NULL && c->n_held > 0)
         kvs_cache_clear(c);
     if (c->store != NULL)
         kvs_block_store_leave(c->store, c->pool);

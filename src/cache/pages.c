@@ -228,7 +228,7 @@ static uint32_t move_together(kvs_cache *c, uint32_t first)
             last = to;
         }
     }
-    c->pages[last].live = UINT64_MAX >> (KVS_PAGE_SLOTS - to_slot);
+    c->pages[last].live = to_slot == 0 ? 0 : UINT64_MAX >> (KVS_PAGE_SLOTS - to_slot);
     c->pages[last].rotated = rotated;
     return last;
 }

@@ -92,7 +92,7 @@ _Static_assert(1u << (sizeof kvs_cli_commands / sizeof kvs_cli_commands[0]) == A
 static const char *const prefill_choices[] = {"chunked", "full", NULL};
 static const char *const kv_type_choices[] = {"f16", "f32", NULL};
 static const char *const arith_choices[] = {"native", "f32", NULL};
-static const char *const cpu_choices[] = {"scalar", "avx2", "avx512", "avx512vnni", NULL};
+static const char *const cpu_choices[] = {"scalar", "avx2", "avx512", "avx512vnni", "neon", "neondot", NULL};
 static const char *const ref_choices[] = {"full", "window", "none", NULL};
 static const char *const suite_choices[] = {"smoke", "demo", "paper", "full", NULL};
 static const char *const position_choices[] = {"rollback", "keep", "rerotate", "gapcap:16", "recompute", NULL};
@@ -250,8 +250,9 @@ static int set_numbers(kvs_cli_args *args, const kvs_cli_option *option, const c
     for (;;) {
         char *end;
         errno = 0;
-        const uint64_t x = *p >= '0' && *p <= '9' ? strtoull(p, &end, 10) : 0;
-        if (*p < '0' || *p > '9' || errno != 0 || (*end != ',' && *end != '\0') || (double)x < option->min ||
+        const bool digit = *p >= '0' && *p <= '9';
+        const uint64_t x = digit ? strtoull(p, &end, 10) : 0;
+        if (!digit || errno != 0 || (*end != ',' && *end != '\0') || (double)x < option->min ||
             (double)x > option->max || numbers->n == KVS_CLI_LIST_MAX)
             return bad_value(args, option, value, "a list of whole numbers such as 512,2048 (64 of them at most)");
         numbers->items[numbers->n++] = (uint32_t)x;

@@ -43,7 +43,7 @@ static void top_indices(const float *logits, uint32_t n, uint32_t k, uint32_t *t
 
 double kvs_top_overlap(const float *p_logits, const float *q_logits, uint32_t n, uint32_t k)
 {
-    uint32_t top_p[TOP_MAX], top_q[TOP_MAX], shared = 0;
+    uint32_t top_p[TOP_MAX] = {0}, top_q[TOP_MAX] = {0}, shared = 0;
     k = kvs_min_u32(kvs_min_u32(k, TOP_MAX), n);
     if (k == 0)
         return NAN;

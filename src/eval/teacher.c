@@ -118,11 +118,12 @@ static bool on_side(teacher *t, bool is_ref, const float *logits)
         t->queue_n--;
         return go_on;
     }
-    if (t->queue_n == t->queue_cap && !queue_grow(t))
+    if (t->queue_n >= t->queue_cap && !queue_grow(t))
         return false;
     t->queue_is_ref = is_ref;
-    memcpy(t->queue + (size_t)((t->queue_head + t->queue_n) % t->queue_cap) * t->vocab_size, logits,
-           (size_t)t->vocab_size * sizeof(float));
+    /* NOLINTNEXTLINE(clang-analyzer-core.DivideZero): queue_grow made room */
+    const uint32_t tail = (t->queue_head + t->queue_n) % t->queue_cap;
+    memcpy(t->queue + (size_t)tail * t->vocab_size, logits, (size_t)t->vocab_size * sizeof(float));
     t->queue_n++;
     return true;
 }

@@ -17,6 +17,7 @@
 enum {
     BLOCK = 6,  /* query vectors of one register tile */
     SLAB = 24,  /* query vectors that share a widened page: 8 rows of a group of 3 */
+    CHAINS = 4,
     DIM_MAX = 256,
     TILES = KVS_PAGE_SLOTS / KVS_TILE_SLOTS,
     TILE_VECS = KVS_TILE_SLOTS / VF_LANES,
@@ -42,29 +43,13 @@ static const kvs_page_view *page_after(const kvs_attn_job *job, uint32_t page)
     return &job->pages[kvs_min_u32(page + 1, last)];
 }
 
-/* 8 x 8 transposes: in [16 lanes] pointers to n floats, out [n][16]. */
+/* In [16 lanes] pointers to n floats, out [n][16]. */
 static void transpose_lanes(const float *const *in, uint32_t n, float *out)
 {
     for (uint32_t half = 0; half < KVS_TILE_SLOTS; half += 8) {
         uint32_t i = 0;
-        for (; i + 8 <= n; i += 8) {
-            __m256 a[8], b[8];
-            for (int r = 0; r < 4; r++) { /* rows r and r + 4 side by side: only in-lane shuffles are left */
-                const float *const top = in[half + (uint32_t)r] + i, *const low = in[half + (uint32_t)r + 4] + i;
-                a[r] = _mm256_set_m128(_mm_loadu_ps(low), _mm_loadu_ps(top));
-                a[r + 4] = _mm256_set_m128(_mm_loadu_ps(low + 4), _mm_loadu_ps(top + 4));
-            }
-            for (int q = 0; q < 8; q += 4) {
-                const __m256 x = _mm256_unpacklo_ps(a[q], a[q + 1]), y = _mm256_unpackhi_ps(a[q], a[q + 1]);
-                const __m256 z = _mm256_unpacklo_ps(a[q + 2], a[q + 3]), w = _mm256_unpackhi_ps(a[q + 2], a[q + 3]);
-                b[q] = _mm256_shuffle_ps(x, z, 0x44);
-                b[q + 1] = _mm256_shuffle_ps(x, z, 0xee);
-                b[q + 2] = _mm256_shuffle_ps(y, w, 0x44);
-                b[q + 3] = _mm256_shuffle_ps(y, w, 0xee);
-            }
-            for (uint32_t f = 0; f < 8; f++)
-                _mm256_storeu_ps(out + (size_t)(i + f) * KVS_TILE_SLOTS + half, b[f]);
-        }
+        for (; i + 8 <= n; i += 8)
+            vf_transpose_8x8(in + half, i, out + (size_t)i * KVS_TILE_SLOTS + half, KVS_TILE_SLOTS);
         for (; i < n; i++)
             for (uint32_t lane = half; lane < half + 8; lane++)
                 out[(size_t)i * KVS_TILE_SLOTS + lane] = in[lane][i];
@@ -378,7 +363,21 @@ static void widen_values(float *dst, size_t dim_stride, const void *v, const voi
     }
 }
 
-/* Weights of slots [begin, end) of a page, and their sum: one chain a query, four chains side by side. */
+/* Sums of weights: each is one chain, so only several side by side fill the time an addition takes. */
+INLINE void add_chains(const kvs_attn_scratch *sc, uint32_t j, uint32_t begin, uint32_t end, const int n)
+{
+    const float *const p = sc->p + (size_t)j * KVS_PAGE_SLOTS;
+    float sum[CHAINS];
+    UNROLL for (int i = 0; i < n; i++)
+        sum[i] = sc->l[j + (uint32_t)i];
+    for (uint32_t s = begin; s < end; s++)
+        UNROLL for (int i = 0; i < n; i++)
+            sum[i] += p[(size_t)i * KVS_PAGE_SLOTS + s];
+    UNROLL for (int i = 0; i < n; i++)
+        sc->l[j + (uint32_t)i] = sum[i];
+}
+
+/* Weights of slots [begin, end) of a page, and their sums. */
 static void weights(const kvs_attn_scratch *sc, const float *scores, size_t score_stride, uint32_t n_query,
                     uint32_t begin, uint32_t end)
 {
@@ -386,21 +385,13 @@ static void weights(const kvs_attn_scratch *sc, const float *scores, size_t scor
         for (uint32_t s = begin; s < end; s += VF_LANES)
             vf_store(sc->p + (size_t)j * KVS_PAGE_SLOTS + s,
                      vf_exp(vf_sub(vf_load(scores + j * score_stride + s), vf_set1(sc->sub[j]))));
-    uint32_t j = 0;
-    for (; j + 4 <= n_query; j += 4) {
-        const float *const p = sc->p + (size_t)j * KVS_PAGE_SLOTS;
-        float a = sc->l[j], b = sc->l[j + 1], c = sc->l[j + 2], d = sc->l[j + 3];
-        for (uint32_t s = begin; s < end; s++) {
-            a += p[s];
-            b += p[KVS_PAGE_SLOTS + s];
-            c += p[2 * KVS_PAGE_SLOTS + s];
-            d += p[3 * KVS_PAGE_SLOTS + s];
+    for (uint32_t j = 0; j < n_query; j += CHAINS)
+        switch (n_query - j) {
+        case 1: add_chains(sc, j, begin, end, 1); break;
+        case 2: add_chains(sc, j, begin, end, 2); break;
+        case 3: add_chains(sc, j, begin, end, 3); break;
+        default: add_chains(sc, j, begin, end, CHAINS); break;
         }
-        sc->l[j] = a, sc->l[j + 1] = b, sc->l[j + 2] = c, sc->l[j + 3] = d;
-    }
-    for (; j < n_query; j++)
-        for (uint32_t s = begin; s < end; s++)
-            sc->l[j] += sc->p[(size_t)j * KVS_PAGE_SLOTS + s];
 }
 
 /* Adds slots [begin, end) of one page, all of live tiles, to the sums of every query. */

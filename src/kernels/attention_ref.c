@@ -58,7 +58,7 @@ static void attend_scores_ref(const kvs_attn_job *job, uint32_t slot_begin, uint
         m_part[j] = -INFINITY;
     for (uint32_t slot = slot_begin; slot < end; slot++) {
         const uint32_t page = slot / KVS_PAGE_SLOTS, s = slot % KVS_PAGE_SLOTS;
-        float key[DIM_MAX];
+        float key[DIM_MAX] = {0};
         if (job->pages[page].live >> s & 1u)
             key_of(job, &job->pages[page], s, key);
         for (uint32_t j = 0; j < n_query; j++) {

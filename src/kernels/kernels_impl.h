@@ -17,6 +17,9 @@ void kvs_vector_fill_avx2(kvs_kernels *k);
 void kvs_attention_fill_avx2(kvs_kernels *k);
 void kvs_vector_fill_avx512(kvs_kernels *k);
 void kvs_attention_fill_avx512(kvs_kernels *k);
+#elif defined(__aarch64__)
+void kvs_vector_fill_neon(kvs_kernels *k);
+void kvs_attention_fill_neon(kvs_kernels *k);
 #endif
 
 /* exp: x = n ln 2 + r with |r| <= 0.3466; exp(r) = 1 + r + r^2 q(r), q of degree 4 by weighted least maximum (Lawson's

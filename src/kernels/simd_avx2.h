@@ -7,8 +7,7 @@
 #define KVS_SIMD_AVX2_H
 
 #include "kernels/kernels_impl.h"
-
-#include <immintrin.h>
+#include "kernels/simd_x86.h"
 
 #define VF_NAME(name) name##_avx2
 #define VF_PAGE_AT_ONCE 0 /* a register tile spans one key tile */

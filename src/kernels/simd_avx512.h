@@ -7,8 +7,7 @@
 #define KVS_SIMD_AVX512_H
 
 #include "kernels/kernels_impl.h"
-
-#include <immintrin.h>
+#include "kernels/simd_x86.h"
 
 #define VF_NAME(name) name##_avx512
 #define VF_PAGE_AT_ONCE 1 /* a register tile spans a page: attention_body.h has kernels for it */

@@ -7,7 +7,8 @@
 
 enum {
     SCORE_RANGE_SLOTS = 512, /* slots one thread scores when few heads must feed many threads */
-    OUTPUT_DIMS = 32,        /* dims one thread sums up then */
+    OUTPUT_DIMS_MIN = 16,    /* dims one thread sums up then */
+    STORE_ROWS_ALONE = 2,    /* storing so few rows takes less time than waking the other threads */
 };
 
 typedef struct layer_task {
@@ -182,10 +183,26 @@ static void attend_task(void *ctx, uint32_t task, uint32_t thread)
 
 /* ---- one row over few heads: threads share a head ---- */
 
+static uint32_t div_up(uint32_t a, uint32_t b)
+{
+    return (a + b - 1) / b;
+}
+
+static uint32_t gcd(uint32_t a, uint32_t b)
+{
+    while (b != 0) {
+        const uint32_t rest = a % b;
+        a = b;
+        b = rest;
+    }
+    return a;
+}
+
 typedef struct split_task {
     layer_task layer;
-    uint32_t n_ranges, n_parts, n_slots;
-    size_t stride; /* of a score row */
+    uint32_t n_ranges, n_slots;
+    uint32_t n_whole, n_parts; /* heads that one thread sums up, and parts of the dims of each of the others */
+    size_t stride;             /* of a score row */
     float *scores, *m_part, *m;
 } split_task;
 
@@ -213,7 +230,13 @@ static void split_output_task(void *ctx, uint32_t task, uint32_t thread)
 {
     const split_task *t = ctx;
     const kvs_model_info *i = &t->layer.f->model->info;
-    const uint32_t head = task / t->n_parts, part = task % t->n_parts;
+    const bool whole = task < t->n_whole;
+    const uint32_t head = whole ? task : t->n_whole + (task - t->n_whole) / t->n_parts;
+    const uint32_t part = whole ? 0 : (task - t->n_whole) % t->n_parts;
+    const uint32_t dims =
+        whole ? i->head_dim : div_up(div_up(i->head_dim, t->n_parts), OUTPUT_DIMS_MIN) * OUTPUT_DIMS_MIN;
+    if (part * dims >= i->head_dim)
+        return;
     const kvs_attend_run *run = t->layer.ctx->runs;
     const thread_scratch s = scratch_of(&t->layer, thread);
     kvs_cache_views(run->session->cache, t->layer.layer, head, s.views, NULL);
@@ -228,16 +251,17 @@ static void split_output_task(void *ctx, uint32_t task, uint32_t thread)
         if (job.m != NULL && part == 0)
             job.m[g] = m[g];
     }
-    const uint32_t begin = part * OUTPUT_DIMS;
+    const uint32_t begin = part * dims;
     t->layer.f->model->kernels->attend_output(&job, t->scores + (size_t)head * job.group * t->stride, t->stride, m,
-                                              begin, kvs_min_u32(i->head_dim, begin + OUTPUT_DIMS), s.kernel);
+                                              begin, kvs_min_u32(i->head_dim, begin + dims), s.kernel);
 }
 
 /* Few heads and one row cannot keep the threads busy by themselves once there is much to read. */
 static bool worth_splitting(const kvs_attend_ctx *ctx, const kvs_forward *f, uint32_t layer)
 {
     const kvs_model_info *i = &f->model->info;
-    const uint32_t n_threads = kvs_pool_n_threads(f->model->pool), group = i->n_heads / i->n_kv_heads;
+    const uint32_t n_threads = kvs_pool_n_threads(f->model->pool);
+    const uint32_t group = i->n_heads / i->n_kv_heads; /* NOLINT(clang-analyzer-core.DivideZero): checked at open */
     return ctx->n_runs == 1 && ctx->runs[0].n_rows == 1 && n_threads > 1 && group <= 64 &&
            i->n_kv_heads % n_threads != 0 && kvs_cache_n_physical(ctx->runs[0].session->cache, layer, 0) > 256;
 }
@@ -250,13 +274,17 @@ static void attend_split(const layer_task *layer)
     for (uint32_t h = 0; h < i->n_kv_heads; h++)
         t.n_slots = kvs_max_u32(t.n_slots, kvs_cache_n_physical(layer->ctx->runs[0].session->cache, layer->layer, h));
     t.n_ranges = (t.n_slots + SCORE_RANGE_SLOTS - 1) / SCORE_RANGE_SLOTS;
-    t.n_parts = (i->head_dim + OUTPUT_DIMS - 1) / OUTPUT_DIMS;
+    /* As many whole heads as give every thread equally many; the rest is cut until it does too. Each part repeats the
+     * exponentials of its head, so whole heads come first and cost least. */
+    const uint32_t n_threads = kvs_pool_n_threads(f->model->pool), n_rest = i->n_kv_heads % n_threads;
+    t.n_whole = i->n_kv_heads - n_rest;
+    t.n_parts = n_rest == 0 ? 1 : kvs_min_u32(div_up(i->head_dim, OUTPUT_DIMS_MIN), n_threads / gcd(n_threads, n_rest));
     t.stride = kvs_round_up(t.n_slots, KVS_TILE_SLOTS);
     t.scores =
         (float *)(void *)((uint8_t *)f->attn_scratch + kvs_pool_n_threads(f->model->pool) * f->attn_scratch_bytes);
     t.m_part = t.scores + (size_t)i->n_heads * t.stride;
     kvs_pool_run(f->model->pool, split_scores_task, &t, i->n_kv_heads * t.n_ranges);
-    kvs_pool_run(f->model->pool, split_output_task, &t, i->n_kv_heads * t.n_parts);
+    kvs_pool_run(f->model->pool, split_output_task, &t, t.n_whole + n_rest * t.n_parts);
 }
 
 /* ---- recording attention mass ---- */
@@ -299,7 +327,6 @@ static void tap_task(void *ctx, uint32_t task, uint32_t thread)
 
 void kvs_attend(void *ctx, kvs_forward *f, uint32_t layer, uint32_t n_rows)
 {
-    (void)n_rows;
     const kvs_attend_ctx *a = ctx;
     kvs_pool *pool = f->model->pool;
     const uint32_t n_kv_heads = f->model->info.n_kv_heads;
@@ -309,7 +336,11 @@ void kvs_attend(void *ctx, kvs_forward *f, uint32_t layer, uint32_t n_rows)
         n_blocks += (a->runs[r].n_rows + KVS_ATTN_ROWS_MAX - 1) / KVS_ATTN_ROWS_MAX * n_kv_heads;
     }
     layer_task t = {.ctx = a, .f = f, .layer = layer, .block_begin = begin};
-    kvs_pool_run(pool, store_task, &t, a->n_runs * n_kv_heads);
+    if (n_rows <= STORE_ROWS_ALONE)
+        for (uint32_t task = 0; task < a->n_runs * n_kv_heads; task++)
+            store_task(&t, task, 0);
+    else
+        kvs_pool_run(pool, store_task, &t, a->n_runs * n_kv_heads);
     if (worth_splitting(a, f, layer))
         attend_split(&t);
     else

@@ -14,7 +14,8 @@ enum { N = 600, VOCAB = TINY_VOCAB_MIN, BUDGET = 3000, SMALL = 192, CHUNK = 48, 
 
 static int32_t tokens[N], other[N];
 static uint8_t flags[N];
-static kvs_model *model[4];   /* by threads; [0] unused */
+static const uint32_t n_threads_of[] = {0, 1, 2, 3, 16};
+static kvs_model *model[5];   /* each of n_threads_of[] threads; [0] unused */
 static float *expected, *got; /* [N][VOCAB] */
 
 static int set_up(void **state)
@@ -22,8 +23,8 @@ static int set_up(void **state)
     (void)state;
     tiny_options o;
     fx_shape(&o, GGML_TYPE_Q4_1);
-    for (uint32_t t = 1; t <= 3; t++)
-        if ((model[t] = fx_open(&o, t, 0)) == NULL)
+    for (uint32_t t = 1; t < 5; t++)
+        if ((model[t] = fx_open(&o, n_threads_of[t], 0)) == NULL)
             return 1;
     fx_tokens(1, tokens, N);
     fx_tokens(2, other, N);
@@ -36,7 +37,7 @@ static int set_up(void **state)
 static int tear_down(void **state)
 {
     (void)state;
-    for (uint32_t t = 1; t <= 3; t++)
+    for (uint32_t t = 1; t < 5; t++)
         kvs_model_close(&model[t]);
     free(expected);
     free(got);
@@ -97,18 +98,15 @@ static const kvs_kv_type kv_types[] = {KVS_KV_F16, KVS_KV_F32};
 
 /* ---- cutting the work ------------------------------------------------------------------------------------------- */
 
-static void check_cut(const setting *c, uint32_t n_threads, uint32_t slice)
+static void check_cut(const setting *c, uint32_t which_model, uint32_t slice)
 {
-    kvs_session *s = open_session(model[n_threads], c);
+    char what[32];
+    snprintf(what, sizeof what, "%u threads, slices of", n_threads_of[which_model]);
+    kvs_session *s = open_session(model[which_model], c);
     memset(got, 0, sizeof(float) * N * VOCAB);
     run_rows(s, 0, N, slice, got);
     kvs_session_free(&s);
-    check_same(c,
-               n_threads == 1   ? "1 thread, slices of"
-               : n_threads == 2 ? "2 threads, slices of"
-                                : "3 threads, "
-                                  "slices of",
-               slice, 0);
+    check_same(c, what, slice, 0);
 }
 
 static void result_depends_on_chunk_or_threads(void **state)
@@ -123,6 +121,8 @@ static void result_depends_on_chunk_or_threads(void **state)
                 for (uint32_t t = 1; t <= 3; t++)
                     if (k == 0 || t == 1 + i % 3)
                         check_cut(&c, t, slices[i]);
+            if (k == 0) /* more threads than heads: parts of a head are shared out */
+                check_cut(&c, 4, 64);
             for (uint32_t i = 0; i < 4; i++) { /* the session's own chunks, the caller says all at once */
                 c.chunk = slices[i];
                 kvs_session *s = open_session(model[2], &c);
@@ -309,11 +309,17 @@ static void result_depends_on_instruction_set(void **state)
 {
     (void)state;
     /* A mask without any known bit leaves the plain twins. */
-    static const uint32_t masks[] = {1u << 31, KVS_CPU_AVX2, KVS_CPU_AVX2 | KVS_CPU_AVX512,
-                                     KVS_CPU_AVX2 | KVS_CPU_AVX512 | KVS_CPU_VNNI};
+    static const uint32_t masks[] = {1u << 31,
+                                     KVS_CPU_AVX2,
+                                     KVS_CPU_AVX2 | KVS_CPU_AVX512,
+                                     KVS_CPU_AVX2 | KVS_CPU_AVX512 | KVS_CPU_VNNI,
+                                     KVS_CPU_NEON,
+                                     KVS_CPU_NEON | KVS_CPU_DOTPROD};
     tiny_options o;
     fx_shape(&o, GGML_TYPE_Q4_1);
     for (uint32_t i = 0; i < sizeof masks / sizeof *masks; i++) {
+        if (i > 0 && (kvs_cpu_flags() & masks[i]) != masks[i])
+            continue;
         kvs_model *m = fx_open(&o, 2, masks[i]);
         assert_non_null(m);
         for (int a = 0; a < 2; a++)
