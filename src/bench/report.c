@@ -130,6 +130,30 @@ static kvs_status put_runs(FILE *f, const kvs_report *r, kvs_error *err)
     return KVS_OK;
 }
 
+static kvs_status put_recall(FILE *f, const kvs_report *r, kvs_error *err)
+{
+    if (r->n_answers == 0)
+        return KVS_OK;
+    fprintf(f,
+            "<h2>Recall of planted facts</h2><p>Questions answered right. Where the full cache itself stays under "
+            "%.0f %%, no run's recall is a verdict.</p><table><tr><th>run</th><th>right</th><th>with a result</th>"
+            "<th>asked</th><th>the full cache, same questions</th></tr>\n",
+            100 * KVS_REPORT_RECALL_GUARD);
+    for (uint32_t i = 0; i < r->n_runs; i++) {
+        kvs_report_recall s;
+        if (!kvs_report_recall_of(r, i, &s))
+            return kvs_error_set(err, KVS_ENOMEM, "report.html: out of memory");
+        if (s.n_asked == 0)
+            continue;
+        fputs("<tr>", f);
+        put_cell(f, r->runs[i].id);
+        fprintf(f, "<td>%u</td><td>%u</td><td>%u</td><td>%u of %u</td></tr>\n", s.n_right, s.n_answered, s.n_asked,
+                s.n_full_right, s.n_paired);
+    }
+    fputs("</table>\n", f);
+    return KVS_OK;
+}
+
 static kvs_status put_plain(FILE *f, const kvs_report *r, kvs_error *err)
 {
     fputs("<noscript><div class=\"plain\"><h1>Kvasir: what a KV-cache budget costs</h1><p>Model ", f);
@@ -143,7 +167,9 @@ static kvs_status put_plain(FILE *f, const kvs_report *r, kvs_error *err)
         fputs(" <strong>Preliminary: too few dialogues for a verdict.</strong>", f);
     fputs(" The plots need scripts; the numbers are here.</p>\n", f);
     put_claims(f, r);
-    const kvs_status status = put_runs(f, r, err);
+    kvs_status status = put_runs(f, r, err);
+    if (status == KVS_OK)
+        status = put_recall(f, r, err);
     fputs("<p>Reproduce: <code>", f);
     put_html(f, text_in(r->manifest, "command"));
     fputs("</code></p></div></noscript>\n", f);
@@ -155,20 +181,22 @@ static kvs_status put_plain(FILE *f, const kvs_report *r, kvs_error *err)
 static kvs_status make_data(const kvs_report *r, char **out, kvs_error *err)
 {
     kvs_report_limits limits = {
-        .n_dialogues = 30, .n_bins = 192, .n_frames = 48, .n_segments = 600, .summary_rows = true};
+        .n_dialogues = 30, .n_bins = 192, .n_frames = 48, .n_segments = 600, .n_points = 1500, .summary_rows = true};
+    json_t *evidence = kvs_report_evidence(r);
+    if (evidence == NULL)
+        return kvs_error_set(err, KVS_ENOMEM, "report.html: out of memory");
     size_t n_rows = r->n_turns / (r->n_dialogues > 0 ? r->n_dialogues : 1);
     n_rows = n_rows > 0 ? n_rows : 1;
     /* about 100 bytes a turn: half of the page for single dialogues, the rest for what every reader sees */
     limits.n_dialogues = kvs_min_u32(limits.n_dialogues, (uint32_t)(DATA_BYTES_MAX / 2 / 100 / n_rows) + 1);
     for (;;) {
-        json_t *data = kvs_report_data(r, &limits);
+        json_t *data = kvs_report_data(r, evidence, &limits);
         char *text = data == NULL ? NULL : json_dumps(data, JSON_COMPACT | JSON_REAL_PRECISION(6));
         json_decref(data);
-        if (text == NULL)
-            return kvs_error_set(err, KVS_ENOMEM, "report.html: out of memory");
-        if (strlen(text) <= DATA_BYTES_MAX || !limits.summary_rows) {
+        if (text == NULL || strlen(text) <= DATA_BYTES_MAX || !limits.summary_rows) {
+            json_decref(evidence);
             *out = text;
-            return KVS_OK;
+            return text != NULL ? KVS_OK : kvs_error_set(err, KVS_ENOMEM, "report.html: out of memory");
         }
         free(text);
         limits.summary_rows = limits.n_dialogues > 1 || limits.n_bins > 48;
@@ -177,6 +205,7 @@ static kvs_status make_data(const kvs_report *r, char **out, kvs_error *err)
         limits.n_bins = kvs_max_u32(48, limits.n_bins / 2);
         limits.n_frames = kvs_max_u32(8, limits.n_frames / 2);
         limits.n_segments = kvs_max_u32(100, limits.n_segments / 2);
+        limits.n_points = kvs_max_u32(300, limits.n_points / 2);
     }
 }
 
@@ -200,7 +229,8 @@ static kvs_status put_page(FILE *f, const kvs_report *r, const char *data, kvs_e
         if (strncmp(name, "style", 5) == 0)
             fprintf(f, "<style>\n%s</style>", kvs_report_page_css);
         else if (strncmp(name, "script", 6) == 0)
-            fprintf(f, "<script>\n%s\n%s\n%s</script>", kvs_report_plot_js, kvs_report_page_js, kvs_report_detail_js);
+            fprintf(f, "<script>\n%s\n%s\n%s\n%s</script>", kvs_report_plot_js, kvs_report_page_js,
+                    kvs_report_evidence_js, kvs_report_detail_js);
         else if (strncmp(name, "data", 4) == 0)
             put_data(f, data);
         else if (strncmp(name, "title", 5) == 0)

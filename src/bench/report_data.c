@@ -3,57 +3,17 @@
 #include "bench/report_data.h"
 
 #include "base/base.h"
+#include "bench/report_json.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 enum {
-    DRAWS = 2000,       /* bootstrap draws behind every interval of the page; claims bring their own */
-    DRAWS_SERIES = 500, /* per turn and per bin: hundreds of intervals, drawn as bands */
-    TURNS_MAX = 200,    /* points of a curve; beyond it every second turn is left out */
-    BINS_MAX = 64,      /* position bins of a curve */
-    BIN_TOKENS = 256,   /* evaluation.md 3.11: curves are printed per 256 tokens */
+    TURNS_MAX = 200,  /* points of a curve; beyond it every second turn is left out */
+    BINS_MAX = 64,    /* position bins of a curve */
+    BIN_TOKENS = 256, /* evaluation.md 3.11: curves are printed per 256 tokens */
 };
-
-/* ---- JSON with a sticky failure ---- */
-
-/* NaN and infinities have no JSON form. */
-static json_t *num(double x)
-{
-    if (!isfinite(x))
-        return json_null();
-    return x == floor(x) && fabs(x) < 9e15 ? json_integer((json_int_t)x) : json_real(x);
-}
-
-/* Four digits: a curve has no more pixels, and there are tens of thousands of its points. */
-static json_t *num_short(double x)
-{
-    if (!isfinite(x) || x == 0)
-        return num(x);
-    const double scale = pow(10, 3 - floor(log10(fabs(x))));
-    return num(isfinite(scale) && scale > 0 ? nearbyint(x * scale) / scale : x);
-}
-
-static void push(json_t *array, json_t *v, bool *bad)
-{
-    if (json_array_append_new(array, v) != 0)
-        *bad = true;
-}
-
-static void put(json_t *object, const char *key, json_t *v, bool *bad)
-{
-    if (json_object_set_new(object, key, v) != 0)
-        *bad = true;
-}
-
-static json_t *names(const char *const *list, size_t n, bool *bad)
-{
-    json_t *out = json_array();
-    for (size_t i = 0; i < n; i++)
-        push(out, json_string(list[i]), bad);
-    return out;
-}
 
 /* ---- means over dialogues ---- */
 
@@ -93,7 +53,7 @@ bool kvs_report_bootstrap(const double *x, uint32_t n, uint32_t n_draws, uint64_
     return true;
 }
 
-static uint64_t seed_of(const kvs_report *r)
+uint64_t kvs_report_seed(const kvs_report *r)
 {
     const json_t *seed = json_object_get(r->manifest, "seed");
     return json_is_integer(seed) ? (uint64_t)json_integer_value(seed) : 0;
@@ -111,7 +71,7 @@ bool kvs_report_summary_mean(const kvs_report *r, uint32_t run, uint32_t protoco
         if (s->run == run && s->protocol == protocol && !isnan(s->value[column]))
             x[n++] = s->value[column];
     }
-    const bool good = kvs_report_bootstrap(x, n, DRAWS, seed_of(r), out);
+    const bool good = kvs_report_bootstrap(x, n, KVS_REPORT_DRAWS, kvs_report_seed(r), out);
     free(x);
     return good;
 }
@@ -211,18 +171,6 @@ static json_t *data_turn_means(const kvs_report *r, bool *bad)
 
 /* ---- curves over turns ---- */
 
-static int compare_turn(const void *pa, const void *pb)
-{
-    const kvs_report_turn *a = pa, *b = pb;
-    if (a->run != b->run)
-        return a->run < b->run ? -1 : 1;
-    if (a->protocol != b->protocol)
-        return a->protocol < b->protocol ? -1 : 1;
-    if (a->dialogue != b->dialogue)
-        return a->dialogue < b->dialogue ? -1 : 1;
-    return (a->turn > b->turn) - (a->turn < b->turn);
-}
-
 static int compare_by_turn(const void *pa, const void *pb)
 {
     const kvs_report_turn *a = pa, *b = pb;
@@ -254,7 +202,7 @@ static json_t *turn_row(const kvs_report_turn *t, size_t n, uint64_t seed, bool 
     for (size_t i = 0; x != NULL && i < n; i++)
         if (!isnan(t[i].kl))
             x[n_x++] = t[i].kl;
-    *bad |= x == NULL || !kvs_report_bootstrap(x, n_x, DRAWS_SERIES, seed, &kl);
+    *bad |= x == NULL || !kvs_report_bootstrap(x, n_x, KVS_REPORT_DRAWS_SERIES, seed, &kl);
     free(x);
     json_t *row = json_array();
     push(row, json_integer(t->turn), bad);
@@ -296,8 +244,9 @@ static json_t *curve(const kvs_report_turn *t, size_t n, int64_t dialogue, uint6
     return o;
 }
 
-static json_t *data_curves(const kvs_report *r, kvs_report_turn *sorted, uint32_t n_dialogues, bool *bad)
+static json_t *data_curves(const kvs_report *r, uint32_t n_dialogues, bool *bad)
 {
+    const kvs_report_turn *sorted = r->turns;
     json_t *out = json_array();
     kvs_report_turn *by_turn = malloc((r->n_turns + 1) * sizeof *by_turn);
     if (by_turn == NULL) {
@@ -309,12 +258,12 @@ static json_t *data_curves(const kvs_report *r, kvs_report_turn *sorted, uint32_
             j++;
         memcpy(by_turn, sorted + i, (j - i) * sizeof *by_turn);
         qsort(by_turn, j - i, sizeof *by_turn, compare_by_turn);
-        push(out, curve(by_turn, j - i, -1, seed_of(r), bad), bad);
+        push(out, curve(by_turn, j - i, -1, kvs_report_seed(r), bad), bad);
         for (size_t a = i, b; a < j; a = b) {
             for (b = a + 1; b < j && sorted[b].dialogue == sorted[a].dialogue;)
                 b++;
             if (sorted[a].dialogue < n_dialogues)
-                push(out, curve(sorted + a, b - a, sorted[a].dialogue, seed_of(r), bad), bad);
+                push(out, curve(sorted + a, b - a, sorted[a].dialogue, kvs_report_seed(r), bad), bad);
         }
     }
     free(by_turn);
@@ -366,8 +315,8 @@ static void push_bin(json_t *rows, const bin_sums *bins, uint32_t n_dialogues, u
             y[n_y++] = s->ref / s->ref_weight;
     }
     kvs_report_mean m, ref;
-    *bad |= !kvs_report_bootstrap(x, n_x, DRAWS_SERIES, seed, &m);
-    *bad |= !kvs_report_bootstrap(y, n_y, DRAWS_SERIES, seed, &ref);
+    *bad |= !kvs_report_bootstrap(x, n_x, KVS_REPORT_DRAWS_SERIES, seed, &m);
+    *bad |= !kvs_report_bootstrap(y, n_y, KVS_REPORT_DRAWS_SERIES, seed, &ref);
     free(x);
     if (n_x == 0 && n_y == 0)
         return;
@@ -394,8 +343,9 @@ static uint32_t bin_width(const kvs_report *r)
     return width;
 }
 
-static json_t *data_bins(const kvs_report *r, const kvs_report_turn *sorted, bool *bad)
+static json_t *data_bins(const kvs_report *r, bool *bad)
 {
+    const kvs_report_turn *sorted = r->turns;
     const uint32_t width = bin_width(r), n_bins = BINS_MAX;
     json_t *list = json_array();
     bin_sums *bins = malloc((size_t)(r->n_dialogues + 1) * n_bins * sizeof *bins);
@@ -408,7 +358,7 @@ static json_t *data_bins(const kvs_report *r, const kvs_report_turn *sorted, boo
             continue;
         json_t *o = json_object(), *rows = json_array();
         for (uint32_t b = 0; b < n_bins; b++)
-            push_bin(rows, bins, r->n_dialogues, n_bins, b, seed_of(r), bad);
+            push_bin(rows, bins, r->n_dialogues, n_bins, b, kvs_report_seed(r), bad);
         put(o, "run", json_integer(sorted[i].run), bad);
         put(o, "rows", rows, bad);
         push(list, o, bad);
@@ -645,40 +595,31 @@ static json_t *data_failures(const kvs_report *r, bool *bad)
     return o;
 }
 
-json_t *kvs_report_data(const kvs_report *r, const kvs_report_limits *limits)
+json_t *kvs_report_data(const kvs_report *r, const json_t *evidence, const kvs_report_limits *limits)
 {
     bool bad = false;
-    kvs_report_turn *sorted = malloc((r->n_turns + 1) * sizeof *sorted);
     json_t *o = json_object(), *keeps = json_array(), *events = json_array();
-    if (sorted == NULL) {
-        json_decref(o);
-        json_decref(keeps);
-        json_decref(events);
-        return NULL;
-    }
-    if (r->n_turns > 0) {
-        memcpy(sorted, r->turns, r->n_turns * sizeof *sorted);
-        qsort(sorted, r->n_turns, sizeof *sorted, compare_turn);
-    }
     for (uint32_t i = 0; i < r->n_runs; i++) {
         push(keeps, keep_of_run(r, i, limits, &bad), &bad);
         push(events, events_of_run(&r->runs[i], limits, &bad), &bad);
     }
     put(o, "manifest", json_incref(r->manifest), &bad);
     put(o, "claims", json_incref(r->claims), &bad);
-    put(o, "draws", json_integer(DRAWS), &bad);
+    put(o, "draws", json_integer(KVS_REPORT_DRAWS), &bad);
     put(o, "summary_cols", names(kvs_report_summary_names, KVS_REPORT_SUMMARY_NUMBERS, &bad), &bad);
     put(o, "turn_cols", names(kvs_report_turn_names, KVS_REPORT_TURN_NUMBERS, &bad), &bad);
     put(o, "event_cols", names(kvs_report_event_names, KVS_REPORT_EVENT_NUMBERS, &bad), &bad);
     put(o, "means", data_means(r, &bad), &bad);
     put(o, "summary", limits->summary_rows ? data_summary(r, &bad) : json_null(), &bad);
     put(o, "turn_means", data_turn_means(r, &bad), &bad);
-    put(o, "curves", data_curves(r, sorted, limits->n_dialogues, &bad), &bad);
-    put(o, "bins", data_bins(r, sorted, &bad), &bad);
+    put(o, "curves", data_curves(r, limits->n_dialogues, &bad), &bad);
+    put(o, "bins", data_bins(r, &bad), &bad);
     put(o, "keeps", keeps, &bad);
     put(o, "events", events, &bad);
+    put(o, "recall", json_incref(json_object_get(evidence, "recall")), &bad);
+    put(o, "tracking", json_incref(json_object_get(evidence, "tracking")), &bad);
+    put(o, "points", kvs_report_points(r, limits->n_points, &bad), &bad);
     put(o, "failures", data_failures(r, &bad), &bad);
-    free(sorted);
     if (bad) {
         json_decref(o);
         return NULL;

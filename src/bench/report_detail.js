@@ -297,7 +297,7 @@ function reproduce() {
 
 document.title = `Kvasir: ${(M.model && M.model.name) || ''}, ${M.suite || ''} suite`;
 header();
-const parts = [claims, interaction, pareto, mainTable, curves, positions, maps, latency, healthTable, degeneration, evictions, failures, reproduce];
+const parts = [claims, interaction, pareto, mainTable, recall, curves, positions, maps, latency, healthTable, tracking, degeneration, evictions, failures, reproduce];
 for (const part of parts) {
   try {
     part();

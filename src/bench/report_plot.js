@@ -40,7 +40,7 @@ function fmt(x, digits = 3) {
   else s = a.toPrecision(digits).replace(/(\.\d*?)0+$/, '$1').replace(/\.$/, '');
   return (x < 0 ? MINUS : '') + s;
 }
-const percent = x => (known(x) ? fmt(100 * x) + '\u2009%' : '\u2013');
+const percent = x => (known(x) ? fmt(100 * x) + '\u202f%' : '\u2013'); /* a space that does not break the line */
 
 /* ---- scales ---- */
 

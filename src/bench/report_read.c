@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 enum {
     FAILURES_LISTED = 200, /* the page says how many more there are */
@@ -95,6 +96,8 @@ const char *const kvs_report_event_names[KVS_REPORT_EVENT_NUMBERS] = {
     "n_before", "n_after",   "rope_next", "evict_ms",      "score_ms", "select_ms", "move_ms",
     "future",   "collision", "order",     "out_of_window", "backward", "seam",      "health",
 };
+
+const char *const kvs_report_place_names[KVS_REPORT_PLACES] = {"early", "middle", "late"};
 
 /* ---- small things ---- */
 
@@ -191,18 +194,31 @@ static const char *text_at(const json_t *object, const char *key)
     return json_string_value(json_object_get(object, key));
 }
 
+static kvs_status take_dialogues(const kvs_report *r, const char *key, const char ***out, uint32_t *n, kvs_error *err)
+{
+    const json_t *list = json_object_get(r->manifest, key);
+    *n = (uint32_t)json_array_size(list);
+    *out = calloc((size_t)*n + 1, sizeof **out);
+    if (*out == NULL)
+        return no_memory("manifest.json", err);
+    for (uint32_t i = 0; i < *n; i++) {
+        (*out)[i] = text_at(json_array_get(list, i), "id");
+        if ((*out)[i] == NULL)
+            return kvs_error_set(err, KVS_EFORMAT, "manifest.json: %s[%u] needs a text 'id'", key, i);
+    }
+    return KVS_OK;
+}
+
 static kvs_status take_runs(kvs_report *r, kvs_error *err)
 {
     const json_t *runs = json_object_get(r->manifest, "runs");
-    const json_t *dialogues = json_object_get(r->manifest, "dialogues");
-    if (json_array_size(runs) == 0 || !json_is_array(dialogues))
+    if (json_array_size(runs) == 0 || !json_is_array(json_object_get(r->manifest, "dialogues")))
         return kvs_error_set(err, KVS_EFORMAT, "manifest.json: 'runs' and 'dialogues' must be lists, 'runs' not empty");
     r->n_runs = (uint32_t)json_array_size(runs);
-    r->n_dialogues = (uint32_t)json_array_size(dialogues);
     r->runs = calloc(r->n_runs, sizeof *r->runs);
-    r->dialogues = calloc((size_t)r->n_dialogues + 1, sizeof *r->dialogues);
-    if (r->runs == NULL || r->dialogues == NULL)
+    if (r->runs == NULL)
         return no_memory("manifest.json", err);
+    r->full_run = UINT32_MAX;
     for (uint32_t i = 0; i < r->n_runs; i++) {
         kvs_report_run *run = &r->runs[i];
         const json_t *v = json_array_get(runs, i);
@@ -212,6 +228,8 @@ static kvs_status take_runs(kvs_report *r, kvs_error *err)
         if (run->id == NULL || run->policy == NULL || run->position == NULL)
             return kvs_error_set(err, KVS_EFORMAT, "manifest.json: runs[%u] needs texts 'run', 'policy', 'position'",
                                  i);
+        if (r->full_run == UINT32_MAX && strncmp(run->policy, "baseline", strlen("baseline")) == 0)
+            r->full_run = i;
         run->kept_stride = 1;
         run->paths = json_object();
         run->reasons = json_object();
@@ -220,12 +238,8 @@ static kvs_status take_runs(kvs_report *r, kvs_error *err)
         if (run->paths == NULL || run->reasons == NULL || run->worst[0] == NULL || run->worst[1] == NULL)
             return no_memory("manifest.json", err);
     }
-    for (uint32_t i = 0; i < r->n_dialogues; i++) {
-        r->dialogues[i] = text_at(json_array_get(dialogues, i), "id");
-        if (r->dialogues[i] == NULL)
-            return kvs_error_set(err, KVS_EFORMAT, "manifest.json: dialogues[%u] needs a text 'id'", i);
-    }
-    return KVS_OK;
+    KVS_TRY(take_dialogues(r, "dialogues", &r->dialogues, &r->n_dialogues, err));
+    return take_dialogues(r, "recall_dialogues", &r->recall_dialogues, &r->n_recall_dialogues, err);
 }
 
 static kvs_status read_manifest(kvs_report *r, kvs_error *err)
@@ -272,19 +286,19 @@ static uint32_t index_of_run(const kvs_report *r, const char *id, uint32_t hint)
     return UINT32_MAX;
 }
 
-static uint32_t index_of_dialogue(const kvs_report *r, const char *id, uint32_t hint)
+static uint32_t index_of_dialogue(const char *const *ids, uint32_t n, const char *id, uint32_t hint)
 {
-    for (uint32_t k = 0; k < r->n_dialogues; k++) {
-        const uint32_t i = (hint + k) % r->n_dialogues;
-        if (strcmp(r->dialogues[i], id) == 0)
+    for (uint32_t k = 0; k < n; k++) {
+        const uint32_t i = (hint + k) % n;
+        if (strcmp(ids[i], id) == 0)
             return i;
     }
     return UINT32_MAX;
 }
 
-/* run and dialogue hold the row before on entry. protocol may be NULL where a file has none. */
-static kvs_status locate(const kvs_report *r, place at, const char *run_id, const char *dialogue_id,
-                         const char *protocol_id, uint32_t *run, uint32_t *dialogue, uint32_t *protocol, kvs_error *err)
+/* run and dialogue hold the row before on entry; dialogue is an index in ids [n_ids]. */
+static kvs_status locate_in(const kvs_report *r, const char *const *ids, uint32_t n_ids, place at, const char *run_id,
+                            const char *dialogue_id, uint32_t *run, uint32_t *dialogue, kvs_error *err)
 {
     if (run_id == NULL || dialogue_id == NULL)
         return kvs_error_set(err, KVS_EFORMAT, "%s line %zu: 'run' and 'dialogue' must be texts", at.file, at.line);
@@ -292,10 +306,18 @@ static kvs_status locate(const kvs_report *r, place at, const char *run_id, cons
     if (*run == UINT32_MAX)
         return kvs_error_set(err, KVS_EFORMAT, "%s line %zu: run '%.100s' is not in manifest.json", at.file, at.line,
                              run_id);
-    *dialogue = index_of_dialogue(r, dialogue_id, *dialogue);
+    *dialogue = index_of_dialogue(ids, n_ids, dialogue_id, *dialogue);
     if (*dialogue == UINT32_MAX)
         return kvs_error_set(err, KVS_EFORMAT, "%s line %zu: dialogue '%.100s' is not in manifest.json", at.file,
                              at.line, dialogue_id);
+    return KVS_OK;
+}
+
+/* protocol may be NULL where a file has none. */
+static kvs_status locate(const kvs_report *r, place at, const char *run_id, const char *dialogue_id,
+                         const char *protocol_id, uint32_t *run, uint32_t *dialogue, uint32_t *protocol, kvs_error *err)
+{
+    KVS_TRY(locate_in(r, r->dialogues, r->n_dialogues, at, run_id, dialogue_id, run, dialogue, err));
     if (protocol == NULL)
         return KVS_OK;
     if (protocol_id == NULL || (strcmp(protocol_id, "tf") != 0 && strcmp(protocol_id, "fr") != 0))
@@ -517,6 +539,79 @@ static kvs_status take_keep(kvs_report *r, place at, const json_t *v, kvs_error 
     return take_ranges(at, json_object_get(v, "pos_ranges"), rope == NULL ? json_null() : rope, &k->held, err);
 }
 
+static kvs_status take_answer(kvs_report *r, place at, const json_t *v, kvs_error *err)
+{
+    if (!grow((void **)&r->answers, r->n_answers, &r->cap_answers, sizeof *r->answers))
+        return no_memory(at.file, err);
+    kvs_report_answer *a = &r->answers[r->n_answers];
+    *a = (kvs_report_answer){.right = -1, .full_right = -1};
+    if (r->n_answers > 0) {
+        a->run = a[-1].run;
+        a->dialogue = a[-1].dialogue;
+    }
+    KVS_TRY(locate_in(r, r->recall_dialogues, r->n_recall_dialogues, at, text_at(v, "run"), text_at(v, "dialogue"),
+                      &a->run, &a->dialogue, err));
+    const double question = number_at(v, "question"), n_candidates = number_at(v, "n_candidates");
+    a->lag_tokens = number_at(v, "lag_tokens");
+    if (!(question >= 0 && question < 1e6) || !(n_candidates >= 2 && n_candidates < 1e6) || !(a->lag_tokens >= 0))
+        return kvs_error_set(err, KVS_EFORMAT,
+                             "%s line %zu: 'question' and 'lag_tokens' must be numbers from 0, 'n_candidates' from 2",
+                             at.file, at.line);
+    a->question = (uint32_t)question;
+    a->n_candidates = (uint32_t)n_candidates;
+    const char *told = text_at(v, "place");
+    while (a->place < KVS_REPORT_PLACES && (told == NULL || strcmp(told, kvs_report_place_names[a->place]) != 0))
+        a->place++;
+    if (a->place == KVS_REPORT_PLACES)
+        return kvs_error_set(err, KVS_EFORMAT, "%s line %zu: place '%.40s' must be early, middle or late", at.file,
+                             at.line, told == NULL ? "" : told);
+    a->survival = number_at(v, "survival");
+    const json_t *correct = json_object_get(v, "correct");
+    if (json_is_boolean(correct))
+        a->right = json_is_true(correct) ? 1 : 0;
+    char *said = r->runs[a->run].recall_failure;
+    if (a->right < 0 && said[0] == '\0') {
+        const char *failure = text_at(v, "failure");
+        snprintf(said, sizeof r->runs->recall_failure, "%s", failure == NULL ? "no result" : failure);
+        said[kvs_utf8_valid_prefix(said, strlen(said))] = '\0';
+    }
+    r->n_answers++;
+    return KVS_OK;
+}
+
+static int compare_answer(const void *pa, const void *pb)
+{
+    const kvs_report_answer *a = pa, *b = pb;
+    if (a->dialogue != b->dialogue)
+        return a->dialogue < b->dialogue ? -1 : 1;
+    if (a->question != b->question)
+        return a->question < b->question ? -1 : 1;
+    return (a->run > b->run) - (a->run < b->run);
+}
+
+/* Folders written before there was a recall workload have no such file. */
+static kvs_status read_recall(kvs_report *r, kvs_error *err)
+{
+    char path[4096];
+    snprintf(path, sizeof path, "%s/recall.jsonl", r->dir);
+    if (access(path, F_OK) != 0 && errno == ENOENT)
+        return KVS_OK;
+    KVS_TRY(read_lines(r, "recall.jsonl", take_answer, err));
+    if (r->n_answers == 0)
+        return KVS_OK;
+    qsort(r->answers, r->n_answers, sizeof *r->answers, compare_answer);
+    for (size_t i = 0, j; i < r->n_answers; i = j) {
+        int8_t full = -1;
+        for (j = i; j < r->n_answers && r->answers[j].dialogue == r->answers[i].dialogue &&
+                    r->answers[j].question == r->answers[i].question;
+             j++)
+            full = r->answers[j].run == r->full_run ? r->answers[j].right : full;
+        for (size_t k = i; k < j; k++)
+            r->answers[k].full_right = full;
+    }
+    return KVS_OK;
+}
+
 /* ---- summary.csv ---- */
 
 /* Splits one line in place as RFC 4180 does: fields in double quotes may hold commas, "" is a quote. Returns the
@@ -635,6 +730,18 @@ static kvs_status read_summary(kvs_report *r, kvs_error *err)
 
 /* ---- the folder ---- */
 
+static int compare_turn(const void *pa, const void *pb)
+{
+    const kvs_report_turn *a = pa, *b = pb;
+    if (a->run != b->run)
+        return a->run < b->run ? -1 : 1;
+    if (a->protocol != b->protocol)
+        return a->protocol < b->protocol ? -1 : 1;
+    if (a->dialogue != b->dialogue)
+        return a->dialogue < b->dialogue ? -1 : 1;
+    return (a->turn > b->turn) - (a->turn < b->turn);
+}
+
 kvs_status kvs_report_read(const char *dir, kvs_report *r, kvs_error *err)
 {
     kvs_error local;
@@ -652,6 +759,10 @@ kvs_status kvs_report_read(const char *dir, kvs_report *r, kvs_error *err)
         status = read_lines(r, "events.jsonl", take_event, err);
     if (status == KVS_OK)
         status = read_lines(r, "keepsets.jsonl", take_keep, err);
+    if (status == KVS_OK)
+        status = read_recall(r, err);
+    if (status == KVS_OK && r->n_turns > 0)
+        qsort(r->turns, r->n_turns, sizeof *r->turns, compare_turn);
     if (status != KVS_OK)
         kvs_report_free(r);
     return status;
@@ -672,6 +783,8 @@ void kvs_report_free(kvs_report *r)
         ranges_free(&r->keeps[i].held);
     free(r->runs);
     free(r->dialogues);
+    free(r->recall_dialogues);
+    free(r->answers);
     free(r->summary);
     free(r->turns);
     free(r->failures);

@@ -32,6 +32,8 @@ static const char *const MANIFEST =
     "{\"run\":\"b\",\"policy\":\"baseline\",\"policy_full\":\"baseline\",\"position\":\"keep\",\"budget_tokens\":8192,"
     "\"budget_bytes\":524288,\"paper_compat\":false}],\"protocols\":[\"tf\"],\"dialogues\":["
     "{\"id\":\"" HOSTILE "\",\"n_turns\":2,\"n_tokens\":100},{\"id\":\"d2\",\"n_turns\":1,\"n_tokens\":50}],"
+    "\"recall_dialogues\":[{\"id\":\"f1\",\"n_turns\":9,\"n_tokens\":900,\"n_questions\":3},"
+    "{\"id\":\"f2\",\"n_turns\":9,\"n_tokens\":900,\"n_questions\":1}],"
     "\"noise_floor_kl\":7e-7,\"started\":\"2026-01-01T00:00:00Z\",\"ended\":\"2026-01-01T00:01:00Z\","
     "\"complete\":true,\"preliminary\":true}\n";
 
@@ -73,6 +75,23 @@ static const char *const EVENTS =
 static const char *const KEEPS =
     "{\"run\":\"a\",\"dialogue\":\"" HOSTILE "\",\"layer\":0,\"kv_head\":0,\"pos_ranges\":[[0,3],[48,92],[93,99]],"
     "\"rope_ranges\":[[0,3],[48,92],[49,55]]}\n";
+
+/* One line of recall.jsonl; correct and survival as JSON. */
+#define ANSWER(run, dialogue, question, place, lag, n_candidates, correct, survival, failure)                          \
+    "{\"run\":\"" run "\",\"dialogue\":\"" dialogue "\",\"question\":" question ",\"place\":\"" place                  \
+    "\",\"lag_tokens\":" lag ",\"n_candidates\":" n_candidates ",\"correct\":" correct ",\"survival\":" survival       \
+    ",\"failure\":" failure "}\n"
+
+/* b, the full cache, knows 3 of 4. a loses one of them, wins the one b misses, and fails at one that b knows. In no
+ * order: rows belong together by what they name, not by where they stand. */
+static const char *const RECALL = ANSWER("b", "f1", "2", "late", "256", "8", "true", "1", "null")
+    ANSWER("a", "f1", "0", "early", "1500", "4", "false", "0.25", "null")
+        ANSWER("a", "f2", "0", "early", "1024", "8", "true", "0.5", "null")
+            ANSWER("b", "f1", "1", "late", "255", "4", "false", "1", "null")
+                ANSWER("a", "f1", "2", "late", "256", "8", "null", "null", "\"" HOSTILE "\"")
+                    ANSWER("b", "f1", "0", "early", "1500", "4", "true", "1", "null")
+                        ANSWER("b", "f2", "0", "early", "1024", "8", "true", "1", "null")
+                            ANSWER("a", "f1", "1", "late", "255", "4", "true", "0.75", "null");
 
 static const char *const NAMES[] = {"manifest.json", "claims.json",  "summary.csv",
                                     "turns.jsonl",   "events.jsonl", "keepsets.jsonl"};
@@ -288,6 +307,147 @@ static void rollback_shift_or_future_wrong(void **state)
     free(page);
 }
 
+static int64_t integer_in(const json_t *object, const char *key)
+{
+    const json_t *v = json_object_get(object, key);
+    assert_true(json_is_integer(v));
+    return json_integer_value(v);
+}
+
+static void folder_without_recall_refused(void **state)
+{
+    const folder *f = *state;
+    for (int empty_file = 0; empty_file < 2; empty_file++) {
+        if (empty_file)
+            write_file(f, "recall.jsonl", "", 0);
+        kvs_error err = {0};
+        assert_int_equal(kvs_report_write(f->dir, &err), KVS_OK);
+        char *page = read_page(f);
+        assert_non_null(page);
+        json_t *data = data_of(page);
+        assert_true(json_is_null(json_object_get(data, "recall"))); /* the page then has no such section */
+        assert_null(strstr(page, "<h2>Recall"));                    /* nor has the one without scripts */
+        json_decref(data);
+        free(page);
+    }
+}
+
+static void recall_held_against_other_questions(void **state)
+{
+    const folder *f = *state;
+    write_file(f, "recall.jsonl", RECALL, strlen(RECALL));
+    kvs_error err = {0};
+    if (kvs_report_write(f->dir, &err) != KVS_OK)
+        fail_msg("%s", err.message);
+    char *page = read_page(f);
+    assert_null(strstr(page, "</script><b>"));
+    assert_non_null(strstr(page, "<td>2</td><td>3</td><td>4</td><td>2 of 3</td>")); /* a, without scripts */
+    json_t *data = data_of(page);
+    const json_t *recall = json_object_get(data, "recall"), *runs = json_object_get(recall, "runs");
+    assert_int_equal(integer_in(recall, "full"), 1);
+    assert_int_equal(integer_in(recall, "n_dialogues"), 2);
+    assert_int_equal(integer_in(recall, "n_questions"), 4);
+    assert_true(json_number_value(json_object_get(recall, "chance")) == 0.1875); /* (1/4 + 1/4 + 1/8 + 1/8) / 4 */
+    assert_true(json_number_value(json_object_get(recall, "guard")) == 0.7);
+    static const struct {
+        const char *key;
+        int64_t of_a, of_full;
+    } want[] = {{"asked", 4, 4},      {"answered", 3, 4}, {"right", 2, 3}, {"paired", 3, 4},
+                {"full_right", 2, 3}, {"lost", 1, 0},     {"won", 1, 0}};
+    for (size_t i = 0; i < sizeof want / sizeof *want; i++) {
+        assert_int_equal(integer_in(json_array_get(runs, 0), want[i].key), want[i].of_a);
+        assert_int_equal(integer_in(json_array_get(runs, 1), want[i].key), want[i].of_full);
+    }
+    /* dialogues 2 of 3 and 1 of 1 for the full cache: draws give 2/3, 3/4 or 1, so the interval ends there */
+    const json_t *rate = json_object_get(json_array_get(runs, 1), "rate");
+    assert_true(json_number_value(json_array_get(rate, 0)) == 0.75);
+    assert_true(fabs(json_number_value(json_array_get(rate, 1)) - 2.0 / 3) < 1e-5);
+    assert_true(json_number_value(json_array_get(rate, 2)) == 1);
+    assert_int_equal(json_integer_value(json_array_get(rate, 3)), 2);
+    /* a: 1 of the 2 with a result, and 1 of 1 */
+    rate = json_object_get(json_array_get(runs, 0), "rate");
+    assert_true(json_number_value(json_array_get(rate, 1)) == 0.5);
+    assert_true(json_number_value(json_object_get(json_array_get(runs, 0), "survival")) == 0.5); /* null is not 0 */
+    assert_string_equal(json_string_value(json_object_get(json_array_get(runs, 0), "failure")),
+                        "</script><b>x\"'&<!--");
+    /* columns early 1024 to 2048, late under 256, late 256 to 512; A_full 2/2, 0/1, 1/1; a 1/2, 1/1 and no result */
+    static const int64_t columns[3][4] = {{1024, 2048, 2, 2}, {0, 256, 1, 0}, {256, 512, 1, 1}};
+    static const int64_t cells[3][2] = {{2, 1}, {1, 1}, {0, 0}};
+    assert_int_equal(json_array_size(json_object_get(recall, "columns")), 3);
+    for (size_t i = 0; i < 3; i++) {
+        const json_t *column = json_array_get(json_object_get(recall, "columns"), i);
+        const json_t *cell = json_array_get(json_object_get(json_array_get(runs, 0), "cells"), i);
+        assert_string_equal(json_string_value(json_array_get(column, 0)), i == 0 ? "early" : "late");
+        for (size_t k = 0; k < 4; k++)
+            assert_int_equal(json_integer_value(json_array_get(column, k + 1)), columns[i][k]);
+        for (size_t k = 0; k < 2; k++)
+            assert_int_equal(json_integer_value(json_array_get(cell, k)), cells[i][k]);
+    }
+    json_decref(data);
+    free(page);
+}
+
+static void one_dialogue_called_certain(void **state)
+{
+    const folder *f = *state;
+    const char *const text = ANSWER("b", "f1", "0", "late", "9", "4", "true", "1", "null")
+        ANSWER("b", "f1", "1", "late", "9", "4", "true", "1", "null");
+    write_file(f, "recall.jsonl", text, strlen(text));
+    assert_int_equal(kvs_report_write(f->dir, NULL), KVS_OK);
+    char *page = read_page(f);
+    json_t *data = data_of(page);
+    const json_t *runs = json_object_get(json_object_get(data, "recall"), "runs");
+    assert_true(json_is_null(json_array_get(runs, 0))); /* not asked */
+    /* Wilson of 2 of 2: 1 / (1 + 1.96^2 / 2) */
+    const json_t *rate = json_object_get(json_array_get(runs, 1), "rate");
+    assert_true(fabs(json_number_value(json_array_get(rate, 1)) - 0.342372) < 1e-5);
+    assert_true(json_number_value(json_array_get(rate, 2)) == 1);
+    json_decref(data);
+    free(page);
+}
+
+/* Turns 0 and 1 stand before the first eviction, at health 100 and KL 0: they would make a correlation of anything.
+ * From turn 2 on KL rises by turn and health falls with it, so that rho is -1.
+ * Turn 7 is missing, so that turn 6 has no next one. */
+static void turns_before_an_eviction_counted(void **state)
+{
+    const folder *f = *state;
+    char text[4096];
+    size_t n = 0;
+    for (int run = 0; run < 2; run++)
+        for (int t = 8; t >= 0; t--) {
+            const bool same_as_full = t < 2 || run == 1;
+            if (t != 7)
+                n += (size_t)snprintf(
+                    text + n, sizeof text - n,
+                    "{\"run\":\"%s\",\"dialogue\":\"d2\",\"turn\":%d,\"protocol\":\"tf\",\"kl_mean\":%d,"
+                    "\"health\":%d,\"evictions\":%d}\n",
+                    run == 0 ? "a" : "b", t, same_as_full ? 0 : t, same_as_full ? 100 : 60 - t, t == 2);
+        }
+    write_file(f, "turns.jsonl", text, n);
+    assert_int_equal(kvs_report_write(f->dir, NULL), KVS_OK);
+    char *page = read_page(f);
+    json_t *data = data_of(page);
+    const json_t *tracking = json_object_get(data, "tracking");
+    assert_int_equal(integer_in(tracking, "n"), 6); /* of run a alone: the full cache's own KL is 0 by construction */
+    assert_int_equal(json_array_size(json_object_get(data, "points")), 6);
+    static const char *const pairs[] = {"same", "next"};
+    for (int i = 0; i < 2; i++) {
+        const json_t *pair = json_object_get(tracking, pairs[i]), *all = json_object_get(pair, "all");
+        /* four turns have a next one: too few for a correlation */
+        assert_int_equal(json_integer_value(json_array_get(all, 3)), i == 0 ? 6 : 4);
+        assert_true(i == 0 ? json_number_value(json_array_get(all, 0)) == -1 : json_is_null(json_array_get(all, 0)));
+        assert_true(json_is_null(json_array_get(all, 1))); /* one dialogue has no interval */
+        assert_int_equal(integer_in(pair, "n_runs"), 1 - i);
+        assert_true(json_is_null(json_array_get(json_object_get(pair, "runs"), 1)));
+    }
+    const json_t *last = json_array_get(json_object_get(data, "points"), 5);
+    assert_int_equal(json_integer_value(json_array_get(last, 4)), 8);
+    assert_true(json_is_null(json_array_get(last, 5))); /* no turn after it */
+    json_decref(data);
+    free(page);
+}
+
 static void missing_file_not_named(void **state)
 {
     const folder *f = *state;
@@ -356,6 +516,19 @@ static void foreign_row_accepted(void **state)
                    "\"rope_ranges\":[[0,3]]}\n",
                    KVS_EFORMAT, "keepsets.jsonl line 1");
     write_file(f, "keepsets.jsonl", KEEPS, strlen(KEEPS));
+    static const struct {
+        const char *text, *word;
+    } rows[] = {
+        {ANSWER("zzz", "f1", "0", "late", "9", "4", "true", "1", "null"), "'zzz'"},
+        {ANSWER("a", "d2", "0", "late", "9", "4", "true", "1", "null"), "'d2'"}, /* a dialogue, but of no recall */
+        {ANSWER("a", "f1", "0", "below", "9", "4", "true", "1", "null"), "'below'"},
+        {ANSWER("a", "f1", "0", "late", "null", "4", "true", "1", "null"), "lag_tokens"},
+        {ANSWER("a", "f1", "0", "late", "9", "1", "true", "1", "null"), "n_candidates"},
+        {"{\"run\":\"a\",\"dialogue\":\"f1\",\"quest", "recall.jsonl line 1: truncated"},
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+        expect_refusal(f, "recall.jsonl", rows[i].text, KVS_EFORMAT, rows[i].word);
+    write_file(f, "recall.jsonl", "", 0);
     expect_refusal(f, "manifest.json", "{\"schema\":2,\"runs\":[]}\n", KVS_EUNSUPPORTED, "schema 2");
 }
 
@@ -383,6 +556,10 @@ int main(void)
         cmocka_unit_test_setup_teardown(hostile_id_becomes_markup, setup, teardown),
         cmocka_unit_test_setup_teardown(null_read_as_zero, setup, teardown),
         cmocka_unit_test_setup_teardown(rollback_shift_or_future_wrong, setup, teardown),
+        cmocka_unit_test_setup_teardown(folder_without_recall_refused, setup, teardown),
+        cmocka_unit_test_setup_teardown(recall_held_against_other_questions, setup, teardown),
+        cmocka_unit_test_setup_teardown(one_dialogue_called_certain, setup, teardown),
+        cmocka_unit_test_setup_teardown(turns_before_an_eviction_counted, setup, teardown),
         cmocka_unit_test_setup_teardown(missing_file_not_named, setup, teardown),
         cmocka_unit_test_setup_teardown(truncated_file_accepted, setup, teardown),
         cmocka_unit_test_setup_teardown(foreign_row_accepted, setup, teardown),
