@@ -109,7 +109,7 @@ function recallGrid(g, layout, R, o) {
     for (b = a + 1; b < n && R.columns[b][0] === R.columns[a][0];) b++;
     g.append(svg('line', { class: 'axis', x1: o.left + a * cw + 3, x2: o.left + b * cw - 3, y1: o.top - 28.5, y2: o.top - 28.5 }), svg('text', { x: o.left + (a + b) / 2 * cw, y: o.top - 33, 'text-anchor': 'middle' }, R.columns[a][0]));
   }
-  R.columns.forEach((c, i) => g.append(svg('text', { x: mid(i), y: o.top - 16, 'text-anchor': 'middle' }, lagRange(c))));
+  R.columns.forEach((c, i) => g.append(svg('text', { x: mid(i), y: o.top - 16, 'text-anchor': 'middle', style: cw < 48 ? 'font-size: 8.5px' : null }, lagRange(c))));
   for (const { r, y } of layout.rows) {
     R.runs[r.i].cells.forEach(([answered, right, survival], i) => {
       const c = R.columns[i], judged = inGuard(R, c) && answered > 0, d = judged && r.i !== R.full ? right / answered - c[4] / c[3] : 0;
