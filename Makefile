@@ -33,7 +33,7 @@ define build
 	    echo "built $(2) in $(1) ($$(( $$(date +%s) - start )) s)"
 endef
 
-.PHONY: all setup bench test oracle-llama oracle-transformers asan tsan lint fuzz bench-kernels compare-speed warnings install \
+.PHONY: all setup bench test test-neon oracle-llama oracle-transformers asan tsan lint fuzz bench-kernels compare-speed warnings install \
         clean help $(BUILD)/kvasir
 
 all: setup ## build/kvasir and libkvasir.so
@@ -56,6 +56,9 @@ bench: setup ## the main job: build/kvasir bench --suite demo (more with ARGS=".
 test: setup ## unit tests, no network; the last line is "N passed, N failed"
 	$(call build,$(BUILD),unit-tests,)
 	@scripts/run-tests $(BUILD) unit -j $(JOBS)
+
+test-neon: setup ## the NEON kernels under qemu (optional: a cross compiler and qemu from Debian)
+	@scripts/test-neon $(ARGS) || { [ $$? = 77 ] && echo "skipped"; }
 
 oracle-llama: setup ## Kvasir's logits against libllama's
 	$(call build,$(BUILD),oracle-tests,)
@@ -87,12 +90,14 @@ fuzz-run:
 	$(call build,$(BUILD),fuzz-tests,-DKVS_FUZZ=ON -DKVS_SANITIZE=address$(comma)undefined)
 	@scripts/run-fuzz $(BUILD) $(FUZZ_S)
 
-bench-kernels: setup ## kernels against the machine's limits and other libraries
+bench-kernels: setup ## each instruction set's kernels, then the best beside oneDNN, OpenBLAS, ggml (ARGS="--threads 1")
+	@scripts/bench-kernels --setup
 	$(call build,$(BUILD),kernel-bench,)
-	@found=0; for b in $(BUILD)/bench_*; do [ -x "$$b" ] || continue; found=1; echo "== $${b##*/}"; "$$b" $(ARGS) || exit 1; \
+	@found=0; for b in $(BUILD)/bench_*; do [ -x "$$b" ] || continue; found=1; echo "== $${b##*/}"; "$$b" || exit 1; \
 	    done; [ $$found = 1 ] || { echo "no tests/bench/bench_*.c" >&2; exit 1; }
+	@echo "== beside other libraries"; scripts/bench-kernels --binary $(BUILD)/reference-kernels $(ARGS)
 
-compare-speed: setup ## tokens per second beside llama.cpp, same model, same minutes
+compare-speed: setup ## tokens per second beside llama.cpp and OpenVINO GenAI, same tokens, same minutes
 	$(call build,$(BUILD),kvasir,)
 	@scripts/compare-speed --kvasir $(BUILD)/kvasir $(ARGS)
 

@@ -50,6 +50,7 @@ foreach(f ${KERNEL_BENCHES})
   get_filename_component(name ${f} NAME_WE)
   kvs_test_executable(${name} ${f} kernel-bench "")
 endforeach()
+include(bench_reference)
 
 if(KVS_FUZZ)
   include(CheckCSourceCompiles)

@@ -99,7 +99,7 @@ typedef struct kvs_model_info {
     uint64_t n_params, weight_bytes; /* bytes of the tensors in the file */
     uint64_t packed_bytes;           /* bytes of weights rearranged in memory at open */
     uint32_t n_threads;
-    const char *isa; /* instruction set the kernels run on: "scalar", "avx2", "avx512", "avx512vnni" */
+    const char *isa; /* what the kernels run on: "scalar", "avx2", "avx512", "avx512vnni", "neon", "neondot" */
 } kvs_model_info;
 
 /* Defaults: all cores, all instruction sets, double-precision angles. */

@@ -5,6 +5,12 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
+#if defined(__x86_64__)
 
 static uint64_t read_xcr0(void)
 {
@@ -38,6 +44,14 @@ uint32_t kvs_cpu_flags(void)
         flags |= KVS_CPU_BF16;
     return flags;
 }
+#elif defined(__aarch64__)
+uint32_t kvs_cpu_flags(void)
+{
+    const unsigned long have = getauxval(AT_HWCAP);
+    if (!(have & HWCAP_ASIMD))
+        return 0;
+    return KVS_CPU_NEON | (have & HWCAP_ASIMDDP ? KVS_CPU_DOTPROD : 0);
+}
 #else
 uint32_t kvs_cpu_flags(void)
 {
@@ -51,9 +65,11 @@ uint32_t kvs_cpu_masked(uint32_t mask)
     if (mask != 0)
         f &= mask;
     if (!(f & KVS_CPU_AVX2))
-        f = 0;
+        f &= ~(uint32_t)KVS_CPU_AVX512;
     if (!(f & KVS_CPU_AVX512))
-        f &= KVS_CPU_AVX2;
+        f &= ~(uint32_t)(KVS_CPU_VNNI | KVS_CPU_BF16);
+    if (!(f & KVS_CPU_NEON))
+        f &= ~(uint32_t)KVS_CPU_DOTPROD;
     return f;
 }
 
@@ -63,7 +79,11 @@ const char *kvs_cpu_isa_name(uint32_t flags)
         return "avx512vnni";
     if (flags & KVS_CPU_AVX512)
         return "avx512";
-    return flags & KVS_CPU_AVX2 ? "avx2" : "scalar";
+    if (flags & KVS_CPU_AVX2)
+        return "avx2";
+    if (flags & KVS_CPU_DOTPROD)
+        return "neondot";
+    return flags & KVS_CPU_NEON ? "neon" : "scalar";
 }
 
 /* Steele, Lea, Flood: "Fast splittable pseudorandom number generators" (OOPSLA 2014). */

@@ -54,7 +54,8 @@ typedef struct kvs_cli_args {
     uint32_t index, ref_window;
     /* speed */
     kvs_cli_numbers depths;
-    uint32_t prompt_tokens, gen_tokens, repeats;
+    uint32_t prompt_tokens, gen_tokens, repeats, n_sessions;
+    const char *plot;
     /* bench */
     const char *suite, *data, *out, *shard;
     uint32_t n_dialogues;
@@ -168,8 +169,18 @@ void kvs_cli_progress_end(kvs_cli_progress *p); /* clears the line */
 
 uint64_t kvs_cli_peak_rss_bytes(void);
 double kvs_cli_mib(uint64_t bytes);
-/* Bytes of memory read per second by all threads of a pool: the best of five sweeps over 256 MiB. 0: no memory. */
-double kvs_cli_read_bandwidth(uint32_t n_threads);
+
+/* ---- peaks.c: the machine's limits ------------------------------------------------------------------------------- */
+
+/* What all threads of a pool reach together with the instruction sets of cpu (KVS_CPU_* bits), best of several sweeps.
+ * 0: no memory for the probe, or no such instruction. A multiply-add is two operations. */
+typedef struct kvs_cli_peaks {
+    double read_bytes_per_s; /* sweeps over 256 MiB */
+    double f32_flops;        /* fused multiply-adds in registers */
+    double int8_ops;         /* products of 8-bit codes in registers */
+} kvs_cli_peaks;
+void kvs_cli_measure_peaks(uint32_t n_threads, uint32_t cpu, kvs_cli_peaks *out);
+double kvs_cli_read_bandwidth(uint32_t n_threads); /* the first of them alone, 0: all cores */
 
 /* ---- pictures -------------------------------------------------------------------------------------- */
 
@@ -205,6 +216,21 @@ kvs_status kvs_cli_snapshot_head(const char *path, kvs_cli_snapshot *out, kvs_er
 /* Creates a session with the file's own options and restores it; opt receives them, its strings point into head. */
 kvs_status kvs_cli_snapshot_load(const char *path, kvs_model *m, kvs_cli_snapshot *head, kvs_session_options *opt,
                                  kvs_session **out, kvs_error *err);
+
+/* ---- speed_plot.c ----------------------------------------------------------------------------------------------- */
+
+/* What is measured at one depth, and what the machine allows there. */
+typedef struct kvs_cli_speed_row {
+    uint32_t depth, n_sessions;
+    double prefill_tok_per_s, append_tok_per_s, decode_tok_per_s; /* of all sessions together */
+    double bytes_per_token, share_of_bandwidth;                   /* of a decoded token */
+    double flops_per_token, share_of_peak;                        /* of a prompt token, mean over the prompt */
+    double prefill_bound_tok_per_s, decode_bound_tok_per_s;
+    uint64_t peak_kv_bytes, peak_rss_bytes, n_evictions;
+} kvs_cli_speed_row;
+/* Both rates against depth with their bounds, as an SVG file that needs nothing else; limits in words. */
+kvs_status kvs_cli_speed_plot(const char *path, const char *title, const char *limits, const kvs_cli_speed_row *rows,
+                              uint32_t n_rows, kvs_error *err);
 
 /* ---- commands --------------------------------------------------------------------------------------------------- */
 

@@ -56,10 +56,12 @@ static void check_machine(const kvs_cli_args *args, checkup *c, uint64_t *availa
     fact(c, "read_bandwidth", "%.1f GB/s", bandwidth * 1e-9);
     if (n_cores == 1)
         note(c->slow, "one core: prefill is bound by arithmetic and would be nearly twice as fast on two");
-    if (!(cpu & KVS_CPU_AVX2))
-        note(c->slow, "no AVX2 with FMA: the plain C kernels run, an order of magnitude slower");
-    else if (!(cpu & KVS_CPU_VNNI))
-        note(c->slow, "no AVX512-VNNI: native prefill uses %s integer products, which need more instructions a product",
+    if (!(cpu & (KVS_CPU_AVX2 | KVS_CPU_NEON)))
+        note(c->slow, "no AVX2 with FMA, no NEON: the plain C kernels run, an order of magnitude slower");
+    else if (!(cpu & (KVS_CPU_VNNI | KVS_CPU_DOTPROD)))
+        note(c->slow,
+             "no 8-bit dot products (AVX512-VNNI, NEON SDOT): native prefill uses %s integer products, which need more "
+             "instructions a product",
              kvs_cpu_isa_name(cpu));
     if (bandwidth > 0 && bandwidth < 5e9)
         note(c->slow, "memory is read at %.1f GB/s: a decoded token reads all weights once, so decode is bound by that",

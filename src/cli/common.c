@@ -133,15 +133,14 @@ int kvs_cli_check_common(const kvs_cli_args *args)
 
 uint32_t kvs_cli_cpu_bits(const kvs_cli_args *args)
 {
-    if (args->cpu_mask == NULL)
-        return 0;
-    if (strcmp(args->cpu_mask, "scalar") == 0)
-        return 1u << 31; /* a bit no instruction set has: mask 0 would mean all */
-    if (strcmp(args->cpu_mask, "avx2") == 0)
-        return KVS_CPU_AVX2;
-    if (strcmp(args->cpu_mask, "avx512") == 0)
-        return KVS_CPU_AVX2 | KVS_CPU_AVX512;
-    return KVS_CPU_AVX2 | KVS_CPU_AVX512 | KVS_CPU_VNNI;
+    static const uint32_t levels[] = {
+        1u << 31, /* a bit no instruction set has: mask 0 would mean all */
+        KVS_CPU_AVX2, KVS_CPU_AVX2 | KVS_CPU_AVX512, KVS_CPU_AVX2 | KVS_CPU_AVX512 | KVS_CPU_VNNI,
+        KVS_CPU_NEON, KVS_CPU_NEON | KVS_CPU_DOTPROD};
+    for (size_t i = 0; args->cpu_mask != NULL && i < sizeof levels / sizeof *levels; i++)
+        if (strcmp(args->cpu_mask, kvs_cpu_isa_name(levels[i])) == 0)
+            return levels[i];
+    return 0;
 }
 
 /* ---- model and session ------------------------------------------------------------------------------------------ */
@@ -332,51 +331,4 @@ uint64_t kvs_cli_peak_rss_bytes(void)
 double kvs_cli_mib(uint64_t bytes)
 {
     return (double)bytes / 1048576.0;
-}
-
-enum { PROBE_TASKS = 256, PROBE_TASK_BYTES = 1 << 20, PROBE_SWEEPS = 5 };
-
-typedef struct probe {
-    const uint64_t *words;
-    uint64_t sums[PROBE_TASKS]; /* kept, so that the reads cannot be left out */
-} probe;
-
-static void probe_task(void *ctx, uint32_t task, uint32_t thread)
-{
-    (void)thread;
-    probe *const p = ctx;
-    const size_t n = PROBE_TASK_BYTES / sizeof(uint64_t);
-    const uint64_t *const w = p->words + (size_t)task * n;
-    uint64_t a = 0, b = 0, c = 0, d = 0; /* four chains, so that the adds do not wait for each other */
-    for (size_t i = 0; i < n; i += 8) {
-        a += w[i] + w[i + 1];
-        b += w[i + 2] + w[i + 3];
-        c += w[i + 4] + w[i + 5];
-        d += w[i + 6] + w[i + 7];
-    }
-    p->sums[task] = a + b + c + d;
-}
-
-double kvs_cli_read_bandwidth(uint32_t n_threads)
-{
-    const size_t n_bytes = (size_t)PROBE_TASKS * PROBE_TASK_BYTES;
-    uint64_t *const words = kvs_alloc(kvs_allocator_default(), 1, n_bytes);
-    kvs_pool *pool = kvs_pool_create(kvs_allocator_default(), n_threads > 0 ? n_threads : kvs_cores_available());
-    double best = 0;
-    if (words != NULL && pool != NULL) {
-        memset(words, 1, n_bytes); /* untouched pages are all the same zero page, which a cache would hold */
-        probe p = {.words = words};
-        for (int sweep = 0; sweep < PROBE_SWEEPS; sweep++) {
-            const uint64_t begin_ns = kvs_now_ns();
-            kvs_pool_run(pool, probe_task, &p, PROBE_TASKS);
-            const double rate = (double)n_bytes / ((double)(kvs_now_ns() - begin_ns) * 1e-9);
-            volatile uint64_t sink = p.sums[sweep];
-            (void)sink;
-            best = rate > best ? rate : best;
-        }
-    }
-    if (pool != NULL)
-        kvs_pool_free(pool);
-    kvs_free(kvs_allocator_default(), words);
-    return best;
 }

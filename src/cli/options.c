@@ -53,11 +53,15 @@ const kvs_cli_command kvs_cli_commands[] = {
      "kvasir eval --text a.txt --policy random:keep=766tok --prefill full --dump-keep keep.jsonl\twhat it keeps\n"
      "kvasir eval --dialogue threads.jsonl --index 3 --budget 512tok --json\ta recorded conversation\n",
      0, 0, kvs_cmd_eval},
-    {"speed", "", "prefill and decode rate against depth, with the share of the machine's bandwidth",
-     "Measures the full cache: a whole prompt of each depth, then single tokens at that depth; median of the repeats. "
-     "Tokens are drawn from --seed.",
+    {"speed", "", "prefill and decode rate against depth, as shares of the machine's bandwidth and arithmetic peak",
+     "Measures a whole prompt of each depth, then single greedy tokens there; median of the repeats. Prompts are drawn "
+     "from --seed. Without --budget the cache holds all of it. The limits are measured first, by the same threads with "
+     "the same instruction set: reads of 256 MiB, fused multiply-adds, products of 8-bit codes. " SPEC_TEXT,
      "kvasir speed\tthree depths\n"
      "kvasir speed --depth 512,7680 --gen 32 --json\tfor a script\n"
+     "kvasir speed --depth 1024 --sessions 8\teight conversations in one step, tokens a second in all\n"
+     "kvasir speed --depth 2000,8000,32000 --budget 1024tok --policy streaming --gen 256\ta cache that stays small\n"
+     "kvasir speed --depth 256,1024,4096 --plot speed.svg\tboth rates beside their bounds\n"
      "kvasir speed --cpu-mask avx2 --threads 1\twhat a smaller machine would do\n",
      0, 0, kvs_cmd_speed},
     {"bench", "", "dialogues x policies x budgets x position modes, with a report",
@@ -132,11 +136,11 @@ const kvs_cli_option kvs_cli_options[] = {
     {"shard", 0, KVS_CLI_STRING, AT(shard), BENCH, "I/N", "run only the Ith of N equal parts, from 0/N", NULL, 0, 0},
     {"free-running", 0, KVS_CLI_FLAG, AT(free_running), BENCH, NULL,
      "also let each policy answer for itself, as the paper did", NULL, 0, 0},
-    {"policy", 0, KVS_CLI_LIST, AT(policies), SESSIONS, "SPEC", "cache policy; default baseline (chat: streaming)",
-     NULL, 0, 0},
-    {"budget", 0, KVS_CLI_LIST, AT(budgets), SESSIONS, "SIZE", "hard cap of the cache; default the model's window",
-     NULL, 0, 0},
-    {"position", 0, KVS_CLI_LIST, AT(positions), SESSIONS, "MODE",
+    {"policy", 0, KVS_CLI_LIST, AT(policies), SESSIONS | SPEED, "SPEC",
+     "cache policy; default baseline (chat: streaming)", NULL, 0, 0},
+    {"budget", 0, KVS_CLI_LIST, AT(budgets), SESSIONS | SPEED, "SIZE",
+     "hard cap of the cache; default the model's window (speed: what the depth needs)", NULL, 0, 0},
+    {"position", 0, KVS_CLI_LIST, AT(positions), SESSIONS | SPEED, "MODE",
      "rollback, keep, rerotate, gapcap:G or recompute; default the policy's own", position_choices, 0, 0},
     {"prefill", 0, KVS_CLI_CHOICE, AT(prefill), RUN | CHAT | EVAL, "HOW",
      "chunked evicts between chunks of a prompt, full only after it; default chunked", prefill_choices, 0, 0},
@@ -155,8 +159,12 @@ const kvs_cli_option kvs_cli_options[] = {
     {"seed", 0, KVS_CLI_U64, AT(seed), SESSIONS | SPEED, "N", "seed of everything random; default 0", NULL, 0, 0},
     {"depth", 0, KVS_CLI_NUMBERS, AT(depths), SPEED, "N,...", "depths to measure; default 512,2048,4096", NULL, 1, 1e8},
     {"prompt", 0, KVS_CLI_U32, AT(prompt_tokens), SPEED, "N",
-     "also the rate of N more prompt tokens on top of each depth; default 0", NULL, 0, 1e8},
+     "also the rate of N more prompt tokens after the decoded ones; default 0", NULL, 0, 1e8},
     {"gen", 0, KVS_CLI_U32, AT(gen_tokens), SPEED, "N", "tokens to decode at each depth; default 16", NULL, 1, 1e6},
+    {"sessions", 0, KVS_CLI_U32, AT(n_sessions), SPEED, "N", "sessions of that depth stepped together; default 1", NULL,
+     1, 4096},
+    {"plot", 0, KVS_CLI_FILE, AT(plot), SPEED, "FILE.svg", "also draw both rates against depth, with their bounds",
+     NULL, 0, 0},
     {"repeat", 0, KVS_CLI_U32, AT(repeats), SPEED, "N", "repeats, of which the median counts; default 3", NULL, 1, 63},
     {"threads", 0, KVS_CLI_U32, AT(threads), MODELS, "N", "threads; default one per core", NULL, 1, 1024},
     {"cpu-mask", 0, KVS_CLI_CHOICE, AT(cpu_mask), MODELS, "ISA", "use no instruction set above this one", cpu_choices,

@@ -29,6 +29,11 @@ const struct kvs_matmul_kernels *kvs_matmul_kernels_get(uint32_t cpu)
         return &kvs_matmul_kernels_avx512;
     if (cpu & KVS_CPU_AVX2)
         return &kvs_matmul_kernels_avx2;
+#elif defined(__aarch64__)
+    if (cpu & KVS_CPU_DOTPROD)
+        return &kvs_matmul_kernels_neondot;
+    if (cpu & KVS_CPU_NEON)
+        return &kvs_matmul_kernels_neon;
 #endif
     (void)cpu;
     return &kvs_matmul_kernels_ref;

@@ -63,7 +63,7 @@ struct kvs_matmul_kernels {
 const struct kvs_matmul_kernels *kvs_matmul_kernels_get(uint32_t cpu);
 
 extern const struct kvs_matmul_kernels kvs_matmul_kernels_ref, kvs_matmul_kernels_avx2, kvs_matmul_kernels_avx512,
-    kvs_matmul_kernels_avx512vnni;
+    kvs_matmul_kernels_avx512vnni, kvs_matmul_kernels_neon, kvs_matmul_kernels_neondot;
 
 /* Shared by both AVX-512 tables. */
 void kvs_matmul_f32_few_avx512(const struct kvs_panels *p, const float *x, size_t x_stride, uint32_t n_rows, float *y,

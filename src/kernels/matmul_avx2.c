@@ -237,7 +237,9 @@ void kvs_matmul_quantise_avx2(const float *x, uint32_t n_in, struct kvs_act_bloc
         const __m256 id = _mm256_set1_ps(amax > 1e-30f ? 127.0f / amax : 0.0f); /* see matmul_ref.c */
         for (uint32_t i = 0; i < 4; i++)
             q[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], id));
-        const __m256i w01 = _mm256_packs_epi32(q[0], q[1]), w23 = _mm256_packs_epi32(q[2], q[3]);
+        const __m256i least = _mm256_set1_epi16(-128); /* of inf and NaN, in the sum as in the bytes */
+        const __m256i w01 = _mm256_max_epi16(_mm256_packs_epi32(q[0], q[1]), least);
+        const __m256i w23 = _mm256_max_epi16(_mm256_packs_epi32(q[2], q[3]), least);
         const __m256i bytes =
             _mm256_permutevar8x32_epi32(_mm256_packs_epi16(w01, w23), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
         _mm256_storeu_si256((__m256i *)(void *)tile->q[row], bytes);

@@ -125,7 +125,19 @@ if "$kvasir" doctor >"$tmp/out" 2>&1; then
     printf 'The keys of a cache are written once and never rewritten, so nothing drifts.\n%.0s' 1 2 3 4 5 6 >"$tmp/text"
     one_object doctor_json "ok isa model slow" doctor --json
     one_object run_json "text n_tokens ttft_ms health" run -p 'One, two, three,' -n 4 --temp 0 --json
-    one_object speed_json "rows isa threads" speed --depth 32 --gen 2 --repeat 1 --json
+    one_object speed_json "rows isa threads read_bytes_per_s f32_peak_flops int8_peak_ops" speed --depth 32,64 --gen 2 \
+        --repeat 1 --sessions 2 --plot "$tmp/speed.svg" --json
+    if python3 - "$tmp" <<'PY' 2>"$tmp/why"
+import json, sys, xml.etree.ElementTree
+row = json.load(open(sys.argv[1] + "/out"))["rows"][1]
+assert row["depth"] == 64 and row["sessions"] == 2, row
+for name in "prefill_tok_per_s decode_tok_per_s bytes_per_token share_of_bandwidth share_of_peak peak_kv_bytes".split():
+    assert row[name] > 0, name
+assert xml.etree.ElementTree.parse(sys.argv[1] + "/speed.svg").getroot().tag.endswith("svg")
+PY
+    then ok speed_rows_and_plot; else not_ok speed_rows_and_plot "$(tail -n 1 "$tmp/why")"; fi
+    one_object speed_beyond_the_budget "rows policy" speed --depth 300 --gen 2 --repeat 1 --budget 128tok \
+        --policy streaming --json
     one_object eval_json "$names" eval --text "$tmp/text" --json --dump-logits "$tmp/l.npy" --dump-keep "$tmp/k.jsonl"
     # The baseline is its own reference: anything but 0 and 1 is a fault of the loop.
     if python3 - "$tmp" <<'PY' 2>"$tmp/why"

@@ -16,8 +16,9 @@
 
 enum { N_POS = 300, SLOTS_MAX = 448, PAGES_MAX = SLOTS_MAX / KVS_PAGE_SLOTS, QUERY_MAX = KVS_ATTN_ROWS_MAX * 16 };
 
-static const uint32_t levels[] = {KVS_CPU_AVX2, KVS_CPU_AVX2 | KVS_CPU_AVX512};
-#define N_LEVELS (sizeof levels / sizeof levels[0])
+static const uint32_t masks[] = {0, KVS_CPU_AVX2, KVS_CPU_AVX2 | KVS_CPU_AVX512, KVS_CPU_NEON};
+static const uint32_t *const levels = masks + 1; /* beside the plain twins */
+enum { N_MASKS = sizeof masks / sizeof masks[0], N_LEVELS = N_MASKS - 1 };
 
 typedef enum rotation { ROT_NONE, ROT_PAGE, ROT_SLOT, ROT_FAR } rotation;
 
@@ -377,14 +378,13 @@ static void a_nan_key_hides_in_a_masked_looking_answer(void **state)
 {
     (void)state;
     kvs_rng rng = {6};
-    const uint32_t all[] = {0, levels[0], levels[1]};
     fixture f;
     fixture_init(&f, &rng, 64, 3, 2, 60, true, ROT_NONE, 1.0, 1.0f);
     for (uint32_t i = 0; i < 64 * 64; i++)
         ((float *)f.k[0])[i] = NAN;
-    for (size_t l = 0; l < 3; l++) {
-        if ((kvs_cpu_flags() & all[l]) == all[l]) {
-            answer a = attend_with(kvs_kernels_get(all[l]), &f);
+    for (size_t l = 0; l < N_MASKS; l++) {
+        if ((kvs_cpu_flags() & masks[l]) == masks[l]) {
+            answer a = attend_with(kvs_kernels_get(masks[l]), &f);
             assert_true(isnan(a.out[0]) && isnan(a.l[0]));
             answer_free(&a);
         }
@@ -392,12 +392,36 @@ static void a_nan_key_hides_in_a_masked_looking_answer(void **state)
     fixture_free(&f);
 }
 
+/* The maximum passes over a NaN wherever among the slots it stands, and the answer is one. */
+static void one_nan_key_decides_the_maximum(void **state)
+{
+    (void)state;
+    kvs_rng rng = {16};
+    for (uint32_t slot = 0; slot < KVS_PAGE_SLOTS; slot++) {
+        fixture f;
+        fixture_init(&f, &rng, 16, 3, 1, KVS_PAGE_SLOTS, true, ROT_NONE, 1.0, 1.0f);
+        float *const key = (float *)f.k[0] + slot / KVS_TILE_SLOTS * 16 * KVS_TILE_SLOTS + slot % KVS_TILE_SLOTS;
+        for (uint32_t d = 0; d < 16; d++)
+            key[d * KVS_TILE_SLOTS] = NAN;
+        answer want = attend_with(kvs_kernels_get(0), &f);
+        for (size_t l = 0; l < N_LEVELS; l++) {
+            if ((kvs_cpu_flags() & levels[l]) != levels[l])
+                continue;
+            answer got = attend_with(kvs_kernels_get(levels[l]), &f);
+            assert_memory_equal(got.m, want.m, 3 * sizeof *got.m);
+            assert_true(!isnan(want.m[0]) && isnan(got.l[0]) && isnan(got.out[0]));
+            answer_free(&got);
+        }
+        answer_free(&want);
+        fixture_free(&f);
+    }
+}
+
 /* The same live slots, compacted to the front of fresh pages: same bits, m and l included. */
 static void where_slots_lie_changes_the_answer(void **state)
 {
     (void)state;
     kvs_rng rng = {8};
-    const uint32_t all[] = {0, levels[0], levels[1]};
     for (int round = 0; round < 24; round++) {
         fixture f, dense;
         const bool f32 = round % 2;
@@ -420,13 +444,13 @@ static void where_slots_lie_changes_the_answer(void **state)
         }
         dense.job.limit0 = n ? n : 1;
         dense.job.q = f.q, dense.job.q_stride = f.job.q_stride, dense.job.rope = &f.rope;
-        for (size_t l = 0; l < 3; l++) {
-            if ((kvs_cpu_flags() & all[l]) != all[l])
+        for (size_t l = 0; l < N_MASKS; l++) {
+            if ((kvs_cpu_flags() & masks[l]) != masks[l])
                 continue;
             dense.job.out = f.out, dense.job.out_stride = f.job.out_stride;
-            kvs_kernels_get(all[l])->attend(&dense.job, dense.scratch);
+            kvs_kernels_get(masks[l])->attend(&dense.job, dense.scratch);
             memcpy(f.m, dense.m, sizeof f.m), memcpy(f.l, dense.l, sizeof f.l);
-            answer compact = answer_take(&f), scattered = attend_with(kvs_kernels_get(all[l]), &f);
+            answer compact = answer_take(&f), scattered = attend_with(kvs_kernels_get(masks[l]), &f);
             assert_same(&scattered, &compact, 3);
             answer_free(&compact), answer_free(&scattered);
         }
@@ -539,9 +563,8 @@ static void the_sign_of_a_zero_tells_where_slots_lie(void **state)
 {
     (void)state;
     kvs_rng rng = {15};
-    const uint32_t all[] = {0, levels[0], levels[1]};
-    for (size_t l = 0; l < 3; l++) {
-        for (int gap = 0; gap < 2 && (kvs_cpu_flags() & all[l]) == all[l]; gap++) {
+    for (size_t l = 0; l < N_MASKS; l++) {
+        for (int gap = 0; gap < 2 && (kvs_cpu_flags() & masks[l]) == masks[l]; gap++) {
             fixture f;
             fixture_init(&f, &rng, 1, 1, 1, 3, true, ROT_NONE, 1.0, 1.0f);
             const float one = 1.0f, low = -80.0f, zero = 0.0f, tiny = -1e-20f, minus = -0.0f;
@@ -553,14 +576,14 @@ static void the_sign_of_a_zero_tells_where_slots_lie(void **state)
             kvs_page_write(f.k[0], f.v[0], 1, gap ? &one : &zero, gap ? &one : &minus, 1, true);
             kvs_page_write(f.k[0], f.v[0], 2, &zero, gap ? &minus : &below, 1, true);
             f.pages[0].live = gap ? 5 : 3;
-            kvs_kernels_get(all[l])->attend(&f.job, f.scratch);
+            kvs_kernels_get(masks[l])->attend(&f.job, f.scratch);
             assert_true(f.out[0] == 0.0f && !signbit(f.out[0]));
 
             const float up = 1e-30f, down = -1e-30f; /* scores +0 and -0: their maximum is one zero */
             f.q[0] = 1e-30f;
             for (uint32_t s = 0; s < 3; s++)
                 kvs_page_write(f.k[0], f.v[0], s, s == 0 ? &down : gap ? &up : &down, &one, 1, true);
-            kvs_kernels_get(all[l])->attend(&f.job, f.scratch);
+            kvs_kernels_get(masks[l])->attend(&f.job, f.scratch);
             assert_true(f.m[0] == 0.0f && !signbit(f.m[0]));
             fixture_free(&f);
         }
@@ -600,6 +623,7 @@ int main(void)
         cmocka_unit_test(huge_or_tiny_values_break_the_softmax),
         cmocka_unit_test(a_row_without_live_slots_is_not_zero),
         cmocka_unit_test(a_nan_key_hides_in_a_masked_looking_answer),
+        cmocka_unit_test(one_nan_key_decides_the_maximum),
         cmocka_unit_test(where_slots_lie_changes_the_answer),
         cmocka_unit_test(rotation_in_the_kernel_differs_from_rotation_at_writing),
         cmocka_unit_test(tap_columns_do_not_add_up_or_differ),

@@ -48,17 +48,17 @@ static void release(void *p)
     kvs_free(kvs_allocator_default(), p);
 }
 
-/* Masks that give distinct tables on this machine: plain, AVX2, AVX-512, AVX-512 with VNNI. */
+/* Masks that give distinct tables on this machine, the plain one first. */
 static uint32_t isa_tables(kvs_kernels *out)
 {
-    const uint32_t masks[] = {KVS_CPU_AVX2, KVS_CPU_AVX2 | KVS_CPU_AVX512,
-                              KVS_CPU_AVX2 | KVS_CPU_AVX512 | KVS_CPU_VNNI};
+    const uint32_t masks[] = {KVS_CPU_AVX2, KVS_CPU_AVX2 | KVS_CPU_AVX512, KVS_CPU_AVX2 | KVS_CPU_AVX512 | KVS_CPU_VNNI,
+                              KVS_CPU_NEON, KVS_CPU_NEON | KVS_CPU_DOTPROD};
     uint32_t n = 0;
     memset(out, 0, 4 * sizeof *out);
     out[n++].matmul = kvs_matmul_kernels_get(0);
     for (size_t i = 0; i < sizeof masks / sizeof *masks; i++) {
         const uint32_t cpu = kvs_cpu_masked(masks[i]);
-        if (kvs_matmul_kernels_get(cpu) == out[n - 1].matmul)
+        if (cpu == 0 || kvs_matmul_kernels_get(cpu) == out[n - 1].matmul)
             continue;
         out[n].cpu = cpu;
         out[n++].matmul = kvs_matmul_kernels_get(cpu);

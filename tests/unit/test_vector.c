@@ -16,8 +16,9 @@
 
 enum { N_MAX = 4099 };
 
-static const uint32_t levels[] = {KVS_CPU_AVX2, KVS_CPU_AVX2 | KVS_CPU_AVX512};
-#define N_LEVELS (sizeof levels / sizeof levels[0])
+static const uint32_t masks[] = {0, KVS_CPU_AVX2, KVS_CPU_AVX2 | KVS_CPU_AVX512, KVS_CPU_NEON};
+static const uint32_t *const levels = masks + 1; /* beside the plain twins */
+enum { N_MASKS = sizeof masks / sizeof masks[0], N_LEVELS = N_MASKS - 1 };
 
 static bool have(uint32_t cpu)
 {
@@ -290,6 +291,24 @@ static void distance_off_double_precision(void **state)
     }
 }
 
+/* Of two logits a distance x apart the entropy is x exp(-x) to the last bit, so that it shows where exp becomes 0. */
+static void exp_near_its_floor_differs_between_instruction_sets(void **state)
+{
+    (void)state;
+    for (float x = 60.0f; x < 110.0f; x = nextafterf(x, 200.0f) * (1.0f + 0x1p-12f)) {
+        const float logits[2] = {0.0f, -x};
+        kvs_dist_pair want, got;
+        kvs_kernels_get(0)->dist_pair(&want, logits, logits, 2);
+        assert_true(want.entropy_p == (double)(kvs_expf(-x) * x));
+        for (size_t l = 0; l < N_LEVELS; l++) {
+            if (!have(levels[l]))
+                continue;
+            kvs_kernels_get(levels[l])->dist_pair(&got, logits, logits, 2);
+            assert_memory_equal(&got.entropy_p, &want.entropy_p, sizeof got.entropy_p);
+        }
+    }
+}
+
 static void distance_differs_between_instruction_sets(void **state)
 {
     (void)state;
@@ -333,11 +352,10 @@ static void logits_all_minus_infinity_give_no_number(void **state)
     float x[20];
     for (int i = 0; i < 20; i++)
         x[i] = -INFINITY;
-    const uint32_t all[] = {0, levels[0], levels[1]};
-    for (size_t l = 0; l < 3; l++) {
+    for (size_t l = 0; l < N_MASKS; l++) {
         uint32_t at = 7;
-        if (have(all[l])) {
-            assert_true(kvs_kernels_get(all[l])->logsumexp(x, 20, &at) == -INFINITY);
+        if (have(masks[l])) {
+            assert_true(kvs_kernels_get(masks[l])->logsumexp(x, 20, &at) == -INFINITY);
             assert_int_equal(at, 0);
         }
     }
@@ -354,6 +372,7 @@ int main(void)
         cmocka_unit_test(swiglu_off_double_precision),
         cmocka_unit_test(rope_row_wrong_beyond_the_table_or_below_zero),
         cmocka_unit_test(distance_off_double_precision),
+        cmocka_unit_test(exp_near_its_floor_differs_between_instruction_sets),
         cmocka_unit_test(distance_differs_between_instruction_sets),
         cmocka_unit_test(logits_all_minus_infinity_give_no_number),
     };
