@@ -167,8 +167,13 @@ typedef struct kvs_session_options {
 
 KVS_API void kvs_session_options_default(kvs_session_options *opt);
 
-/* Creates a session; everything it will hold is reserved here. Errors: EINVAL unknown policy, parameter or mode (the
- * message suggests the nearest); EBUDGET the budget cannot hold what is protected plus one token; ENOMEM. */
+/* Creates a session. Everything it will ever hold or work in is reserved here, its share of the model's workspace
+ * included: extending it, however long the conversation gets, evicting, truncating, saving, loading and asking about it
+ * allocate nothing and cannot fail for want of memory. (kvs_session_fork reserves for the copy; kvs_generate and
+ * kvs_chat_turn make a sampler and render text before they begin.) Waits for a step of the same model to end: not to be
+ * called from inside a step's callback.
+ * Errors: EINVAL unknown policy, parameter or mode (the message suggests the nearest); EBUDGET the budget cannot hold
+ * what is protected plus one token; ENOMEM. */
 KVS_API kvs_status kvs_session_create(kvs_model *m, const kvs_session_options *opt, kvs_session **out, kvs_error *err);
 KVS_API void kvs_session_free(kvs_session **s);
 
@@ -208,7 +213,8 @@ KVS_API kvs_status kvs_session_turn_end(kvs_session *s, kvs_error *err);
  * that the dropped rows gave to earlier slots stays counted: policies that sum it may choose otherwise afterwards. */
 KVS_API kvs_status kvs_session_truncate(kvs_session *s, uint64_t n_tokens, kvs_error *err);
 /* A copy that shares pages until either writes; opt may change policy, position, budget and seed (NULL: the same).
- * kv_type and arith must be equal. */
+ * kv_type and arith must be equal. Errors leave s as it was: as kvs_session_create, and EBUDGET where a smaller budget
+ * cannot be met by evicting. */
 KVS_API kvs_status kvs_session_fork(kvs_session *s, const kvs_session_options *opt, kvs_session **out, kvs_error *err);
 /* Evicts now down to keep_tokens per head (0: what the policy's keep says). Same errors as kvs_step. */
 KVS_API kvs_status kvs_session_evict(kvs_session *s, uint32_t keep_tokens, kvs_error *err);

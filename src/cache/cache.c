@@ -55,12 +55,14 @@ static kvs_cache *cache_new(const kvs_cache_config *config, uint32_t page_limit,
         return NULL;
     c->config = *config;
     c->allocator = a;
+    c->gather = kvs_tile_gather_get(kvs_cpu_masked(0));
     c->n_heads = config->n_layers * config->n_kv_heads;
     c->block_bytes = block_bytes_of(config);
     c->value_offset_bytes = c->block_bytes / 2;
     c->page_side_bytes = side_bytes_of(config);
     c->page_limit = page_limit;
     c->slot_cap = config->budget_tokens != 0 ? config->budget_tokens : UINT32_MAX;
+    c->slots_max = config->slots_max != 0 ? config->slots_max : UINT32_MAX;
     c->n_entries = n_entries;
     c->pages = kvs_alloc(a, n_entries, sizeof *c->pages);
     c->meta = kvs_alloc(a, n_entries, sizeof *c->meta);
@@ -219,9 +221,9 @@ static uint64_t pages_needed_total(const kvs_cache *c, uint32_t n)
     return total;
 }
 
-uint32_t kvs_cache_room(const kvs_cache *c, uint32_t cap_tokens)
+uint32_t kvs_cache_room(const kvs_cache *c)
 {
-    const uint32_t cap = cap_tokens == 0 ? c->slot_cap : kvs_min_u32(cap_tokens, c->slot_cap);
+    const uint32_t cap = kvs_min_u32(c->slot_cap, c->slots_max);
     const uint32_t live_max = kvs_cache_live_max(c);
     if (live_max >= cap)
         return 0;
@@ -286,25 +288,49 @@ static bool own_tails(kvs_cache *c)
     return true;
 }
 
-/* Dead slots cost attention as much as live ones, and score rows are sized by physical slots: past a quarter of holes
- * (and a page) moving the rest together pays for itself within a few steps. */
-static void compact_sparse(kvs_cache *c)
+/* A dead slot costs attention as much as a live one, about 30 ns a token and head of 64 dims in f16, and moving a slot
+ * costs about 35 (tests/bench/bench_evict.c): past a sixteenth of dead slots moving the rest together pays for itself
+ * within 20 tokens. */
+enum { SPARSE_SHARE = 16 };
+
+static bool is_sparse(const kvs_head *h)
 {
-    for (uint32_t i = 0; i < c->n_heads; i++) {
-        kvs_head *h = &c->heads[i];
-        if (h->n_physical - h->n_live > h->n_live / 4 + KVS_PAGE_SLOTS)
-            kvs_head_compact(c, h);
-    }
+    return h->n_physical - h->n_live > h->n_live / SPARSE_SHARE;
+}
+
+/* Afterwards no head holds more dead slots than kvs_cache_pages_bound counts with; false when one does, which takes a
+ * fork onto a smaller budget that has not evicted yet. */
+static bool compact_sparse(kvs_cache *c)
+{
+    bool ok = true;
+    for (uint32_t i = 0; i < c->n_heads; i++)
+        if (is_sparse(&c->heads[i])) {
+            kvs_head_compact(c, &c->heads[i]);
+            ok &= !is_sparse(&c->heads[i]);
+        }
+    return ok;
+}
+
+uint32_t kvs_cache_pages_bound(const kvs_cache *c)
+{
+    const uint64_t slots = kvs_cache_slots_max(c);
+    const uint64_t pages = (slots + slots / SPARSE_SHARE + KVS_PAGE_SLOTS - 1) / KVS_PAGE_SLOTS;
+    return pages < c->n_entries ? (uint32_t)pages : c->n_entries;
+}
+
+uint32_t kvs_cache_slots_max(const kvs_cache *c)
+{
+    const uint64_t slots = (uint64_t)c->n_entries * KVS_PAGE_SLOTS; /* all of them in one head */
+    return slots < c->slots_max ? (uint32_t)slots : c->slots_max;
 }
 
 kvs_status kvs_cache_append(kvs_cache *c, const int32_t *pos, const int32_t *tokens, const uint8_t *flags, uint32_t n,
                             kvs_error *err)
 {
-    if (n > kvs_cache_room(c, 0))
+    if (n > kvs_cache_room(c))
         return kvs_error_set(err, KVS_EBUDGET, "%u tokens do not fit: room for %u of budget %llu bytes", n,
-                             kvs_cache_room(c, 0), (unsigned long long)c->meter.budget_bytes);
-    compact_sparse(c);
-    if (!own_tails(c) || !make_room(c, n) || !own_tails(c))
+                             kvs_cache_room(c), (unsigned long long)c->meter.budget_bytes);
+    if (!compact_sparse(c) || !own_tails(c) || !make_room(c, n) || !own_tails(c))
         return kvs_error_set(err, KVS_EBUDGET,
                              "%u tokens do not fit: a fork onto a smaller budget has yet to evict; %u blocks are free",
                              n, kvs_block_n_free(c->store));
@@ -373,6 +399,14 @@ uint32_t kvs_cache_pages_max(const kvs_cache *c)
     return most;
 }
 
+uint8_t kvs_cache_newest_flags(const kvs_cache *c)
+{
+    const uint32_t e = c->heads[0].last;
+    if (e == KVS_NO_PAGE)
+        return 0;
+    return (uint8_t)(c->meta[e].token[KVS_PAGE_SLOTS - 1 - (uint32_t)__builtin_clzll(c->pages[e].live)] >> 24);
+}
+
 void kvs_cache_views(const kvs_cache *c, uint32_t layer, uint32_t head, kvs_page_view *views,
                      float **side[KVS_SIDE_COUNT])
 {
@@ -409,30 +443,44 @@ void kvs_cache_locate(kvs_cache *c, uint32_t layer, uint32_t head, uint32_t slot
     *in_page = slot % KVS_PAGE_SLOTS;
 }
 
+/* Copies n neighbouring slots of page e to place `to` of the flat arrays. */
+static void read_run(const kvs_cache *c, uint32_t e, uint32_t slot, uint32_t n, const kvs_head_slots *out, uint32_t to)
+{
+    const kvs_page_meta *m = &c->meta[e];
+    const uint32_t *const token = m->token + slot;
+    if (out->pos != NULL)
+        memcpy(out->pos + to, m->pos + slot, n * sizeof *out->pos);
+    if (out->rope_pos != NULL)
+        memcpy(out->rope_pos + to, m->rope_pos + slot, n * sizeof *out->rope_pos);
+    if (out->key_rot != NULL)
+        memcpy(out->key_rot + to, m->key_rot + slot, n * sizeof *out->key_rot);
+    int32_t *const restrict id = out->token;
+    for (uint32_t i = 0; id != NULL && i < n; i++)
+        id[to + i] = (int32_t)(token[i] & 0xffffffu);
+    uint8_t *const restrict flags = out->flags;
+    for (uint32_t i = 0; flags != NULL && i < n; i++)
+        flags[to + i] = (uint8_t)(token[i] >> 24);
+    for (int k = 0; k < KVS_SIDE_COUNT; k++)
+        if (out->side[k] != NULL && c->side[k] != NULL)
+            memcpy(out->side[k] + to, c->side[k] + (size_t)e * KVS_PAGE_SLOTS + slot, n * sizeof(float));
+        else if (out->side[k] != NULL)
+            memset(out->side[k] + to, 0, n * sizeof(float));
+}
+
 uint32_t kvs_cache_read_head(const kvs_cache *c, uint32_t layer, uint32_t head, const kvs_head_slots *out)
 {
     const kvs_head *h = kvs_cache_head(c, layer, head);
-    uint32_t n = 0;
+    uint32_t to = 0;
     for (uint32_t e = h->first; e != KVS_NO_PAGE; e = c->pages[e].next) {
-        const kvs_page_meta *m = &c->meta[e];
-        for (uint64_t bits = c->pages[e].live; bits != 0; bits &= bits - 1, n++) {
-            const uint32_t s = (uint32_t)__builtin_ctzll(bits);
-            if (out->pos != NULL)
-                out->pos[n] = m->pos[s];
-            if (out->rope_pos != NULL)
-                out->rope_pos[n] = m->rope_pos[s];
-            if (out->key_rot != NULL)
-                out->key_rot[n] = m->key_rot[s];
-            if (out->token != NULL)
-                out->token[n] = (int32_t)(m->token[s] & 0xffffffu);
-            if (out->flags != NULL)
-                out->flags[n] = (uint8_t)(m->token[s] >> 24);
-            for (int k = 0; k < KVS_SIDE_COUNT; k++)
-                if (out->side[k] != NULL)
-                    out->side[k][n] = c->side[k] == NULL ? 0.0f : c->side[k][(size_t)e * KVS_PAGE_SLOTS + s];
+        uint64_t live = c->pages[e].live;
+        while (live != 0) {
+            const uint32_t slot = (uint32_t)__builtin_ctzll(live), n = kvs_run_of_ones(live >> slot);
+            read_run(c, e, slot, n, out, to);
+            live &= ~kvs_ones(slot, n);
+            to += n;
         }
     }
-    return n;
+    return to;
 }
 
 void kvs_cache_read_slot(const kvs_cache *c, uint32_t layer, uint32_t head, uint32_t i, float *key, float *value)
@@ -480,17 +528,28 @@ static void drop_dead_pages(kvs_cache *c, kvs_head *h)
     }
 }
 
+/* The live slots of a page that stay, *i being the live index of its first. */
+static uint64_t kept_of_page(uint64_t live, const uint8_t *keep, uint32_t *i)
+{
+    uint64_t kept = 0;
+    if (live == UINT64_MAX) {
+        for (uint32_t s = 0; s < KVS_PAGE_SLOTS; s++)
+            kept |= (uint64_t)(keep[*i + s] != 0) << s;
+        *i += KVS_PAGE_SLOTS;
+        return kept;
+    }
+    for (; live != 0; live &= live - 1, ++*i)
+        kept |= keep[*i] != 0 ? live & -live : 0;
+    return kept;
+}
+
 void kvs_cache_keep(kvs_cache *c, uint32_t layer, uint32_t head, const uint8_t *keep)
 {
     kvs_head *h = kvs_cache_head(c, layer, head);
     uint32_t i = 0, kept = 0;
     for (uint32_t e = h->first; e != KVS_NO_PAGE; e = c->pages[e].next) {
-        uint64_t live = c->pages[e].live;
-        for (uint64_t bits = live; bits != 0; bits &= bits - 1, i++)
-            if (!keep[i])
-                live &= ~(bits & -bits);
-        c->pages[e].live = live;
-        kept += (uint32_t)__builtin_popcountll(live);
+        c->pages[e].live = kept_of_page(c->pages[e].live, keep, &i);
+        kept += (uint32_t)__builtin_popcountll(c->pages[e].live);
     }
     c->n_live_total -= h->n_live - kept;
     h->n_live = kept;
@@ -506,13 +565,16 @@ void kvs_cache_set_rope(kvs_cache *c, uint32_t layer, uint32_t head, const int32
     uint32_t i = 0;
     for (uint32_t e = h->first; e != KVS_NO_PAGE; e = c->pages[e].next) {
         kvs_page_meta *m = &c->meta[e];
-        bool rotated = false;
-        for (uint64_t bits = c->pages[e].live; bits != 0; bits &= bits - 1, i++) {
-            const uint32_t s = (uint32_t)__builtin_ctzll(bits);
-            m->rope_pos[s] = rope_pos[i];
-            rotated |= rope_pos[i] != m->key_rot[s];
+        int32_t differ = 0;
+        for (uint64_t live = c->pages[e].live; live != 0;) {
+            const uint32_t slot = (uint32_t)__builtin_ctzll(live), n = kvs_run_of_ones(live >> slot);
+            for (uint32_t s = slot; s < slot + n; s++, i++) {
+                m->rope_pos[s] = rope_pos[i];
+                differ |= rope_pos[i] ^ m->key_rot[s];
+            }
+            live &= ~kvs_ones(slot, n);
         }
-        c->pages[e].rotated = rotated;
+        c->pages[e].rotated = differ != 0;
     }
     /* What the next token follows is the newest slot held, where it stands now: re-rotation moves both, and only a mode
      * that moves the counter alone steps backward. */
@@ -565,6 +627,11 @@ void kvs_cache_zero_side(kvs_cache *c, uint32_t which)
             memset(c->side[which] + (size_t)e * KVS_PAGE_SLOTS, 0, KVS_PAGE_SLOTS * sizeof(float));
 }
 
+bool kvs_cache_is_sparse(const kvs_cache *c, uint32_t layer, uint32_t head)
+{
+    return is_sparse(kvs_cache_head(c, layer, head));
+}
+
 uint32_t kvs_cache_compact(kvs_cache *c, uint32_t layer, uint32_t head)
 {
     const uint32_t n = kvs_head_compact(c, kvs_cache_head(c, layer, head));
@@ -598,6 +665,11 @@ void kvs_cache_meter_update(kvs_cache *c)
     raise_peak(&m->reserved_bytes_peak, m->reserved_bytes);
     raise_peak(&m->side_bytes_peak, m->side_bytes);
     raise_peak(&m->kv_bytes_peak, m->reserved_bytes + m->side_bytes);
+}
+
+const kvs_cache_meter *kvs_cache_meter_now(const kvs_cache *c)
+{
+    return &c->meter;
 }
 
 void kvs_cache_get_meter(const kvs_cache *c, kvs_cache_meter *m)

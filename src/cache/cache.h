@@ -4,8 +4,8 @@
  * One head's slots are a chain of pages in ascending pos. A page's keys and values live in a block of a reference
  * counted pool, so that forks share them; everything that an eviction changes (live mask, pos, rope_pos, key_rot,
  * token, accumulators) is the session's own. Evicting clears bits; a page without live slots is given back; pages are
- * compacted only when room is needed. Kernels give the same bits for scattered and dense slots, so neither sharing nor
- * compaction nor saving can be seen in a result.
+ * compacted when room is needed or when it pays. Kernels give the same bits for scattered and dense slots, so neither
+ * sharing nor compaction nor saving can be seen in a result.
  */
 #ifndef KVS_CACHE_H
 #define KVS_CACHE_H
@@ -22,6 +22,7 @@ typedef struct kvs_cache_config {
     uint32_t side_mask;     /* bits 1 << KVS_SIDE_* */
     uint64_t budget_bytes;  /* 0: from budget_tokens */
     uint32_t budget_tokens; /* slots in every head; 0: from budget_bytes */
+    uint32_t slots_max;     /* live slots of one head at most: sizes scratch; 0: as many as there are pages for */
     const kvs_allocator *allocator;
 } kvs_cache_config;
 
@@ -41,9 +42,8 @@ void kvs_cache_clear(kvs_cache *c); /* drops every slot; peaks and counters stay
 
 /* ---- appending ---- */
 
-/* Slots that can still be appended to every head (after compaction if need be); with cap_tokens > 0 no head is to
- * pass that many live slots. */
-uint32_t kvs_cache_room(const kvs_cache *c, uint32_t cap_tokens);
+/* Slots that can still be appended to every head (after compaction if need be). */
+uint32_t kvs_cache_room(const kvs_cache *c);
 /* Opens n slots at the end of every head for tokens pos[i] (ascending, above all held) and makes their pages writable;
  * rope_pos = key_rot = the head's next_rope + i. Compacts and copies shared pages as needed. EBUDGET: no room,
  * unchanged. Keys and values are then written by kvs_cache_page. */
@@ -58,7 +58,12 @@ uint32_t kvs_cache_n_physical(const kvs_cache *c, uint32_t layer, uint32_t head)
 uint32_t kvs_cache_live_max(const kvs_cache *c);
 uint32_t kvs_cache_live_min(const kvs_cache *c);
 uint64_t kvs_cache_live_total(const kvs_cache *c);
-uint32_t kvs_cache_pages_max(const kvs_cache *c); /* pages of the longest head now: sizes scratch */
+uint32_t kvs_cache_pages_max(const kvs_cache *c); /* pages of the longest head now */
+/* Pages that no head passes once something was appended, dead slots included: sizes scratch, once and for all. */
+uint32_t kvs_cache_pages_bound(const kvs_cache *c);
+uint32_t kvs_cache_slots_max(const kvs_cache *c);
+/* KVS_TOKEN_* of the newest slot, which all heads share while nothing was evicted after it; 0 when there is none. */
+uint8_t kvs_cache_newest_flags(const kvs_cache *c);
 /* Fills views [n_pages] of one head; side [KVS_SIDE_COUNT] arrays of [n_pages] pointers, each may be NULL. */
 void kvs_cache_views(const kvs_cache *c, uint32_t layer, uint32_t head, kvs_page_view *views,
                      float **side[KVS_SIDE_COUNT]);
@@ -88,6 +93,8 @@ void kvs_cache_truncate(kvs_cache *c, int32_t pos_end);
 void kvs_cache_zero_side(kvs_cache *c, uint32_t which);
 /* Moves the slots of a head together; returns the pages given back. */
 uint32_t kvs_cache_compact(kvs_cache *c, uint32_t layer, uint32_t head);
+/* So many dead slots that moving the rest together pays: attention reads them too. */
+bool kvs_cache_is_sparse(const kvs_cache *c, uint32_t layer, uint32_t head);
 
 /* ---- the byte meter ---- */
 
@@ -98,7 +105,8 @@ typedef struct kvs_cache_meter {
     uint64_t footprint_slots; /* sum over appended tokens of the live slots they met, themselves included */
     uint64_t n_compactions, n_slots_moved, n_pages_copied;
 } kvs_cache_meter;
-void kvs_cache_get_meter(const kvs_cache *c, kvs_cache_meter *m);
+void kvs_cache_get_meter(const kvs_cache *c, kvs_cache_meter *m); /* looks at every page */
+const kvs_cache_meter *kvs_cache_meter_now(const kvs_cache *c);   /* all but shared_bytes, at once */
 
 /* Share of the last 64 appended tokens whose rope position was not above their predecessor's (mean over heads). */
 double kvs_cache_backward_rate(const kvs_cache *c);

@@ -3,6 +3,7 @@
 #define KVS_CACHE_INTERNAL_H
 
 #include "cache/cache.h"
+#include "kernels/page_gather.h"
 
 #include <pthread.h>
 
@@ -41,6 +42,8 @@ void kvs_block_store_leave(kvs_block_store *s, kvs_block_pool *pool);
 uint32_t kvs_block_n_free(kvs_block_store *s);
 /* Sets pool and block of p; false when none is free. */
 bool kvs_block_take(kvs_block_store *s, kvs_block_pool *own, struct kvs_page *p);
+/* Gives p a block of its own, with the same content, where it shares one; false when none is free. */
+bool kvs_block_own(kvs_block_store *s, kvs_block_pool *own, struct kvs_page *p, bool *copied);
 void kvs_block_share(kvs_block_store *s, const struct kvs_page *p);
 void kvs_block_drop(kvs_block_store *s, const struct kvs_page *p);
 bool kvs_block_is_shared(kvs_block_store *s, const struct kvs_page *p);
@@ -69,10 +72,12 @@ typedef struct kvs_head {
 struct kvs_cache {
     kvs_cache_config config;
     const kvs_allocator *allocator;
+    kvs_tile_gather_fn gather;
     uint32_t n_heads; /* n_layers * n_kv_heads */
     size_t block_bytes, value_offset_bytes, page_side_bytes;
     uint32_t page_limit; /* pages the budget allows */
     uint32_t slot_cap;   /* live slots per head when the budget was given in tokens, else UINT32_MAX */
+    uint32_t slots_max;  /* likewise, from the config */
     uint32_t n_entries;  /* length of pages[]: page_limit, or what a fork took over */
     uint32_t n_held;
     kvs_page *pages;             /* [n_entries] */
@@ -99,6 +104,16 @@ static inline uint8_t *kvs_page_keys(const kvs_cache *c, const kvs_page *p)
 static inline uint8_t *kvs_page_values(const kvs_cache *c, const kvs_page *p)
 {
     return kvs_page_keys(c, p) + c->value_offset_bytes;
+}
+
+/* Live masks are walked by runs of neighbours. */
+static inline uint32_t kvs_run_of_ones(uint64_t bits) /* from bit 0 on */
+{
+    return ~bits == 0 ? KVS_PAGE_SLOTS : (uint32_t)__builtin_ctzll(~bits);
+}
+static inline uint64_t kvs_ones(uint32_t first, uint32_t n) /* 1 <= n, first + n <= 64 */
+{
+    return UINT64_MAX >> (-n % KVS_PAGE_SLOTS) << first % KVS_PAGE_SLOTS;
 }
 
 /* pages.c */

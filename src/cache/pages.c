@@ -86,20 +86,56 @@ uint32_t kvs_block_n_free(kvs_block_store *s)
     return n > UINT32_MAX ? UINT32_MAX : (uint32_t)n;
 }
 
-bool kvs_block_take(kvs_block_store *s, kvs_block_pool *own, kvs_page *page)
+/* Under the lock. */
+static bool take(kvs_block_store *s, kvs_block_pool *own, kvs_page *page)
 {
-    pthread_mutex_lock(&s->lock);
     kvs_block_pool *p = own;
     if (p->n_free == 0)
         for (p = s->pools; p != NULL && p->n_free == 0;)
             p = p->next;
-    if (p != NULL) {
-        page->pool = p;
-        page->block = p->free_list[--p->n_free];
-        p->refs[page->block] = 1;
+    if (p == NULL)
+        return false;
+    page->pool = p;
+    page->block = p->free_list[--p->n_free];
+    p->refs[page->block] = 1;
+    return true;
+}
+
+/* Under the lock. */
+static void drop(kvs_block_store *s, const kvs_page *p)
+{
+    if (--p->pool->refs[p->block] == 0) {
+        p->pool->free_list[p->pool->n_free++] = p->block;
+        free_if_done(s, p->pool);
+    }
+}
+
+bool kvs_block_take(kvs_block_store *s, kvs_block_pool *own, kvs_page *page)
+{
+    pthread_mutex_lock(&s->lock);
+    const bool ok = take(s, own, page);
+    pthread_mutex_unlock(&s->lock);
+    return ok;
+}
+
+/* One step for all others: of two caches that copy a block at once, the second would find no free one where the first
+ * has taken the last, and none needed once the first has let go. */
+bool kvs_block_own(kvs_block_store *s, kvs_block_pool *own, kvs_page *page, bool *copied)
+{
+    *copied = false;
+    pthread_mutex_lock(&s->lock);
+    bool ok = true;
+    if (page->pool->refs[page->block] > 1) {
+        const kvs_page old = *page;
+        *copied = ok = take(s, own, page);
+        if (ok) {
+            memcpy(page->pool->arena + (size_t)page->block * s->block_bytes,
+                   old.pool->arena + (size_t)old.block * s->block_bytes, s->block_bytes);
+            drop(s, &old);
+        }
     }
     pthread_mutex_unlock(&s->lock);
-    return p != NULL;
+    return ok;
 }
 
 void kvs_block_share(kvs_block_store *s, const kvs_page *p)
@@ -112,10 +148,7 @@ void kvs_block_share(kvs_block_store *s, const kvs_page *p)
 void kvs_block_drop(kvs_block_store *s, const kvs_page *p)
 {
     pthread_mutex_lock(&s->lock);
-    if (--p->pool->refs[p->block] == 0) {
-        p->pool->free_list[p->pool->n_free++] = p->block;
-        free_if_done(s, p->pool);
-    }
+    drop(s, p);
     pthread_mutex_unlock(&s->lock);
 }
 
@@ -165,35 +198,103 @@ void kvs_cache_chain_push(kvs_cache *c, kvs_head *h, uint32_t entry)
 
 bool kvs_cache_entry_own(kvs_cache *c, uint32_t entry)
 {
-    kvs_page *p = &c->pages[entry];
-    if (!kvs_block_is_shared(c->store, p))
-        return true;
-    const kvs_page old = *p;
-    if (!kvs_block_take(c->store, c->pool, p))
-        return false;
-    memcpy(kvs_page_keys(c, p), kvs_page_keys(c, &old), c->block_bytes);
-    kvs_block_drop(c->store, &old);
-    c->meter.n_pages_copied++;
-    return true;
+    bool copied;
+    const bool ok = kvs_block_own(c->store, c->pool, &c->pages[entry], &copied);
+    c->meter.n_pages_copied += copied;
+    return ok;
 }
 
 /* ---- compaction ---- */
 
-static void move_slot(kvs_cache *c, uint32_t to, uint32_t to_slot, uint32_t from, uint32_t from_slot)
+/* Puts live slots, in ascending order, from the beginning of a page on; the place they go to never overtakes the place
+ * they come from. Keys wait until a tile's worth of them is known; the tiles they come from are whole until then, since
+ * all before was written from slots before. */
+typedef struct packer {
+    kvs_cache *c;
+    uint32_t page, slot; /* where the next slot goes */
+    uint32_t last;       /* page of the latest slot */
+    kvs_tile_source sources[KVS_TILE_SLOTS];
+    uint32_t n_sources;
+} packer;
+
+static void *key_tile(const kvs_cache *c, uint32_t page, uint32_t slot)
 {
-    const kvs_page *d = &c->pages[to], *s = &c->pages[from];
-    kvs_page_move(kvs_page_keys(c, d), kvs_page_values(c, d), to_slot, kvs_page_keys(c, s), kvs_page_values(c, s),
-                  from_slot, c->config.head_dim, c->config.kv_f32);
+    return kvs_page_keys(c, &c->pages[page]) + c->value_offset_bytes / KVS_PAGE_SLOTS * (slot / 16 * 16);
+}
+
+/* Values and facts of n neighbouring slots. */
+static void move_run(kvs_cache *c, uint32_t to, uint32_t to_slot, uint32_t from, uint32_t from_slot, uint32_t n)
+{
+    const size_t row = c->value_offset_bytes / KVS_PAGE_SLOTS;
+    memmove(kvs_page_values(c, &c->pages[to]) + to_slot * row, kvs_page_values(c, &c->pages[from]) + from_slot * row,
+            n * row);
     kvs_page_meta *dst = &c->meta[to];
     const kvs_page_meta *src = &c->meta[from];
-    dst->pos[to_slot] = src->pos[from_slot];
-    dst->rope_pos[to_slot] = src->rope_pos[from_slot];
-    dst->key_rot[to_slot] = src->key_rot[from_slot];
-    dst->token[to_slot] = src->token[from_slot];
+    for (uint32_t i = 0; i < n; i++) {
+        dst->pos[to_slot + i] = src->pos[from_slot + i];
+        dst->rope_pos[to_slot + i] = src->rope_pos[from_slot + i];
+        dst->key_rot[to_slot + i] = src->key_rot[from_slot + i];
+        dst->token[to_slot + i] = src->token[from_slot + i];
+    }
     for (int k = 0; k < KVS_SIDE_COUNT; k++)
         if (c->side[k] != NULL)
-            c->side[k][(size_t)to * KVS_PAGE_SLOTS + to_slot] = c->side[k][(size_t)from * KVS_PAGE_SLOTS + from_slot];
-    c->meter.n_slots_moved++;
+            memmove(c->side[k] + (size_t)to * KVS_PAGE_SLOTS + to_slot,
+                    c->side[k] + (size_t)from * KVS_PAGE_SLOTS + from_slot, n * sizeof(float));
+    c->meter.n_slots_moved += n;
+}
+
+/* Writes the keys of the tile before `slot`, unless they stand there already. */
+static void flush_keys(packer *p)
+{
+    void *const dst = key_tile(p->c, p->page, p->slot - 1);
+    if (p->n_sources != 1 || p->sources[0].tile != dst || (p->sources[0].lanes & (p->sources[0].lanes + 1)) != 0)
+        p->c->gather(dst, p->sources, p->n_sources, p->c->config.head_dim, p->c->config.kv_f32);
+    p->n_sources = 0;
+}
+
+static bool any_rotated(const kvs_page_meta *m, uint32_t n)
+{
+    int32_t differ = 0;
+    for (uint32_t s = 0; s < n; s++)
+        differ |= m->rope_pos[s] ^ m->key_rot[s];
+    return differ != 0;
+}
+
+static void close_page(packer *p)
+{
+    kvs_page *page = &p->c->pages[p->page];
+    page->live = kvs_ones(0, p->slot);
+    page->rotated = any_rotated(&p->c->meta[p->page], p->slot);
+}
+
+/* The lowest n set bits. */
+static uint32_t lowest(uint32_t bits, uint32_t n)
+{
+    uint32_t rest = bits;
+    while (n-- > 0)
+        rest &= rest - 1;
+    return bits & ~rest;
+}
+
+/* Appends lanes of one tile (its first slot is from_slot), at most as many as the tile being filled has room for. */
+static void pack_lanes(packer *p, uint32_t from, uint32_t from_slot, uint32_t lanes)
+{
+    p->sources[p->n_sources++] = (kvs_tile_source){key_tile(p->c, from, from_slot), (uint16_t)lanes};
+    while (lanes != 0) {
+        const uint32_t first = (uint32_t)__builtin_ctz(lanes), n = kvs_run_of_ones(lanes >> first);
+        if (p->page != from || p->slot != from_slot + first)
+            move_run(p->c, p->page, p->slot, from, from_slot + first, n);
+        lanes &= ~(uint32_t)kvs_ones(first, n);
+        p->slot += n;
+    }
+    p->last = p->page;
+    if (p->slot % KVS_TILE_SLOTS == 0)
+        flush_keys(p);
+    if (p->slot == KVS_PAGE_SLOTS) {
+        close_page(p);
+        p->page = p->c->pages[p->page].next;
+        p->slot = 0;
+    }
 }
 
 /* The first page that has a hole, or the last; pages before it need no move and stay shared. */
@@ -205,32 +306,44 @@ static uint32_t first_with_hole(const kvs_cache *c, const kvs_head *h, uint32_t 
     return e;
 }
 
-/* Moves the live slots from page `first` on to its front; the destination never overtakes the source. Returns the last
- * page written. */
+/* Asks for one tile of a page that will be read soon: pages are too short for the hardware to guess what follows. */
+static void ask_for_tile(const kvs_cache *c, uint32_t page, uint32_t slot)
+{
+    const uint32_t lanes = (uint32_t)(c->pages[page].live >> slot) & 0xffffu;
+    if (lanes == 0)
+        return;
+    const size_t row = c->value_offset_bytes / KVS_PAGE_SLOTS;
+    const uint8_t *const keys = key_tile(c, page, slot);
+    for (size_t line = 0; line < row * KVS_TILE_SLOTS; line += 64)
+        __builtin_prefetch(keys + line);
+    const uint8_t *const values = kvs_page_values(c, &c->pages[page]) + slot * row;
+    for (uint32_t bits = lanes; bits != 0; bits &= bits - 1)
+        for (size_t line = 0; line < row; line += 64)
+            __builtin_prefetch(values + (size_t)__builtin_ctz(bits) * row + line);
+}
+
+/* Moves the live slots from page `first` on to its front. Returns the last page written. */
 static uint32_t move_together(kvs_cache *c, uint32_t first)
 {
-    uint32_t to = first, to_slot = 0, last = first;
-    bool rotated = false;
+    packer p = {.c = c, .page = first, .last = first};
     for (uint32_t from = first; from != KVS_NO_PAGE; from = c->pages[from].next) {
-        for (uint64_t bits = c->pages[from].live; bits != 0; bits &= bits - 1) {
-            const uint32_t slot = (uint32_t)__builtin_ctzll(bits);
-            if (to_slot == KVS_PAGE_SLOTS) {
-                c->pages[to].live = UINT64_MAX;
-                c->pages[to].rotated = rotated;
-                to = c->pages[to].next;
-                to_slot = 0;
-                rotated = false;
+        const uint64_t live = c->pages[from].live; /* the page may be closed while it is read */
+        const uint32_t next = c->pages[from].next;
+        for (uint32_t slot = 0; slot < KVS_PAGE_SLOTS; slot += KVS_TILE_SLOTS) {
+            if (next != KVS_NO_PAGE)
+                ask_for_tile(c, next, slot);
+            for (uint32_t lanes = (uint32_t)(live >> slot) & 0xffffu; lanes != 0;) {
+                const uint32_t taken = lowest(lanes, KVS_TILE_SLOTS - p.slot % KVS_TILE_SLOTS);
+                pack_lanes(&p, from, slot, taken);
+                lanes &= ~taken;
             }
-            if (to != from || to_slot != slot)
-                move_slot(c, to, to_slot, from, slot);
-            rotated |= c->meta[to].rope_pos[to_slot] != c->meta[to].key_rot[to_slot];
-            to_slot++;
-            last = to;
         }
     }
-    c->pages[last].live = to_slot == 0 ? 0 : UINT64_MAX >> (KVS_PAGE_SLOTS - to_slot);
-    c->pages[last].rotated = rotated;
-    return last;
+    if (p.slot % KVS_TILE_SLOTS != 0)
+        flush_keys(&p);
+    if (p.slot != 0)
+        close_page(&p);
+    return p.last;
 }
 
 uint32_t kvs_head_compact(kvs_cache *c, kvs_head *h)

@@ -79,10 +79,4 @@ void kvs_positions_fold_begin(kvs_positions_fold *fold);
 void kvs_positions_fold_add(kvs_positions_fold *fold, const kvs_positions_indices *head);
 void kvs_positions_fold_end(const kvs_positions_fold *fold, kvs_positions *out);
 
-/* Share of the turns this head still holds something of whose markers it holds whole. A turn is a maximal run of
- * tokens without KVS_TOKEN_TEMPLATE; its markers are the template runs on both sides (ChatML leaves one run between
- * two turns: end marker of one and header of the next). A turn still open at the end has no end marker to lose.
- *   pos [n] ascending; flags [n_tokens] of the whole conversation by token_idx.  1 when no turn is held. */
-double kvs_positions_template_integrity(const int32_t *pos, uint32_t n, const uint8_t *flags, uint32_t n_tokens);
-
 #endif

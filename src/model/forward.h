@@ -24,7 +24,7 @@ typedef struct kvs_forward {
     float *act;     /* [max_rows][n_ff] */
     float *logits;  /* [KVS_LOGIT_ROWS_MAX][vocab] */
     void *matmul_scratch;
-    void *attn_scratch; /* [n_threads + 1][attn_scratch_bytes]; grown by the session before a step */
+    void *attn_scratch; /* [n_threads + 1][attn_scratch_bytes]; grown when a session is created */
     size_t attn_scratch_bytes;
     float *tap_m, *tap_l; /* [n_kv_heads][max_rows][group]: made when the first policy records attention */
     uint64_t bytes;       /* all of the above */
@@ -33,10 +33,10 @@ typedef struct kvs_forward {
 /* ENOMEM leaves nothing behind. */
 kvs_status kvs_forward_create(kvs_model *m, kvs_forward **out, kvs_error *err);
 void kvs_forward_free(kvs_forward **f);
-/* Makes attn_scratch at least bytes_per_thread; ENOMEM leaves it as it was. */
+/* Makes attn_scratch at least bytes_per_thread; ENOMEM leaves it as it was. Under the lock: its content is lost. */
 kvs_status kvs_forward_need_scratch(kvs_forward *f, size_t bytes_per_thread, kvs_error *err);
 
-/* Makes tap_m and tap_l; ENOMEM leaves them NULL. */
+/* Makes tap_m and tap_l, under the lock; ENOMEM leaves them NULL. */
 kvs_status kvs_forward_need_taps(kvs_forward *f, kvs_error *err);
 
 /* Attention of one layer for all rows: reads q, k, v from f->qkv, stores keys and values where they belong, writes

@@ -39,11 +39,11 @@ static size_t views_bytes(uint32_t pages)
            KVS_SIDE_COUNT * kvs_round_up(pages * sizeof(float *), KVS_ALIGN);
 }
 
-size_t kvs_attend_scratch_bytes(const kvs_model *m, const kvs_attend_run *runs, uint32_t n_runs)
+size_t kvs_attend_scratch_bytes(const kvs_model *m, uint32_t n_pages)
 {
-    const uint32_t pages = max_pages(runs, n_runs), slots = pages * KVS_PAGE_SLOTS;
+    const uint32_t slots = n_pages * KVS_PAGE_SLOTS;
     const uint32_t group = m->info.n_heads / m->info.n_kv_heads;
-    const size_t per_thread = views_bytes(pages) + kvs_attn_scratch_bytes(group, m->info.head_dim, slots);
+    const size_t per_thread = views_bytes(n_pages) + kvs_attn_scratch_bytes(group, m->info.head_dim, slots);
     /* The slot behind the threads' own holds the score rows of all heads of one row, and each range's maxima. */
     const size_t n_ranges = slots / SCORE_RANGE_SLOTS + 1;
     const size_t shared = (size_t)m->info.n_heads * (slots + n_ranges + KVS_ALIGN) * sizeof(float);

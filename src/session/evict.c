@@ -13,12 +13,9 @@
 kvs_status kvs_evict_scratch_create(kvs_session *s, kvs_error *err)
 {
     kvs_evict_scratch *e = &s->scratch;
-    kvs_cache_meter meter;
-    kvs_cache_get_meter(s->cache, &meter);
-    /* A budget in bytes lets a ragged policy give one head most of it; uniform ones need the share of one. */
-    const uint64_t n =
-        meter.budget_tokens > kvs_cache_live_max(s->cache) ? meter.budget_tokens : kvs_cache_live_max(s->cache);
-    e->n_slots = (uint32_t)n + KVS_PAGE_SLOTS;
+    e->n_slots = kvs_cache_slots_max(s->cache);
+    s->turns.capacity = kvs_turn_log_capacity(e->n_slots);
+    s->turns.marker_from = -1;
     const size_t n_heads = (size_t)s->model->info.n_layers * s->model->info.n_kv_heads;
     e->n_keep = n_heads * e->n_slots;
     struct {
@@ -31,7 +28,7 @@ kvs_status kvs_evict_scratch_create(kvs_session *s, kvs_error *err)
         {(void **)&e->select, e->n_slots, 8},   {(void **)&e->keep, e->n_keep, 1},
         {(void **)&e->kept_pos, e->n_slots, 4}, {(void **)&e->kept_rope, e->n_slots, 4},
         {(void **)&e->side[0], e->n_slots, 4},  {(void **)&e->side[1], e->n_slots, 4},
-        {(void **)&e->side[2], e->n_slots, 4},
+        {(void **)&e->side[2], e->n_slots, 4},  {(void **)&s->turns.turns, s->turns.capacity, sizeof *s->turns.turns},
     };
     for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) {
         *arrays[i].at = kvs_alloc(s->allocator, arrays[i].n, arrays[i].size);
@@ -48,10 +45,11 @@ void kvs_evict_scratch_free(kvs_session *s)
 {
     kvs_evict_scratch *e = &s->scratch;
     void *all[] = {e->pos,  e->rope_pos, e->token,     e->flags,   e->scores,  e->score_sum, e->select,
-                   e->keep, e->kept_pos, e->kept_rope, e->side[0], e->side[1], e->side[2]};
+                   e->keep, e->kept_pos, e->kept_rope, e->side[0], e->side[1], e->side[2],   s->turns.turns};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         kvs_free(s->allocator, all[i]);
     memset(e, 0, sizeof *e);
+    s->turns = (kvs_turn_log){0};
 }
 
 uint32_t kvs_side_mask(const kvs_policy *p)
@@ -69,12 +67,15 @@ uint32_t kvs_side_mask(const kvs_policy *p)
 
 /* ---- scoring ---- */
 
-static kvs_policy_view read_view(const kvs_session *s, uint32_t layer, uint32_t head)
+/* with_facts false: scratch holds pos, rope_pos, tokens and flags of a head that keeps the same. */
+static kvs_policy_view read_view(const kvs_session *s, uint32_t layer, uint32_t head, bool with_facts)
 {
     const kvs_evict_scratch *e = &s->scratch;
     const kvs_model_info *info = &s->model->info;
     const uint32_t mask = kvs_side_mask(&s->policy);
-    kvs_head_slots slots = {.pos = e->pos, .rope_pos = e->rope_pos, .token = e->token, .flags = e->flags};
+    kvs_head_slots slots = {0};
+    if (with_facts)
+        slots = (kvs_head_slots){.pos = e->pos, .rope_pos = e->rope_pos, .token = e->token, .flags = e->flags};
     for (int i = 0; i < KVS_SIDE_COUNT; i++)
         slots.side[i] = mask & 1u << i ? e->side[i] : NULL;
     const uint32_t n = kvs_cache_read_head(s->cache, layer, head, &slots);
@@ -108,7 +109,7 @@ static kvs_policy_view score_heads(kvs_session *s, uint32_t begin, uint32_t end)
         end = begin + 1;
     kvs_policy_view v = {0};
     for (uint32_t h = begin; h < end; h++) {
-        v = read_view(s, h / n_kv_heads, h % n_kv_heads);
+        v = read_view(s, h / n_kv_heads, h % n_kv_heads, h == begin);
         s->policy.ops->score(s->policy.params, &v, e->scores);
         if (end == begin + 1)
             return v;
@@ -132,9 +133,7 @@ typedef struct selection {
 /* What an absent `keep` means: the budget less one chunk. */
 uint32_t kvs_keep_default(const kvs_session *s)
 {
-    kvs_cache_meter m;
-    kvs_cache_get_meter(s->cache, &m);
-    uint64_t cap = m.budget_tokens;
+    uint64_t cap = kvs_cache_meter_now(s->cache)->budget_tokens;
     if (s->policy.schedule == KVS_SCHEDULE_TOKENS || s->policy.schedule == KVS_SCHEDULE_ONCE)
         cap = s->policy.schedule_value < cap ? s->policy.schedule_value : cap;
     if (s->policy.schedule == KVS_SCHEDULE_BYTES) {
@@ -153,11 +152,13 @@ static void add_mass(selection *sel, const kvs_policy_view *v, const uint8_t *ke
     const float *mass = v->mass_sum != NULL ? v->mass_sum : v->mass_ema != NULL ? v->mass_ema : v->mass_max;
     if (mass == NULL)
         return;
+    double all[4] = {0}, kept[4] = {0}; /* four chains: one would wait for each sum */
     for (uint32_t i = 0; i < v->n_slots; i++) {
-        sel->mass_all += (double)mass[i];
-        if (keep[i])
-            sel->mass_kept += (double)mass[i];
+        all[i % 4] += (double)mass[i];
+        kept[i % 4] += keep[i] != 0 ? (double)mass[i] : 0.0;
     }
+    sel->mass_all += (all[0] + all[1]) + (all[2] + all[3]);
+    sel->mass_kept += (kept[0] + kept[1]) + (kept[2] + kept[3]);
 }
 
 /* Keep sets of heads [begin, end), which share one. */
@@ -205,7 +206,16 @@ static kvs_status select_all(kvs_session *s, uint32_t keep_override, selection *
 
 /* ---- applying ---- */
 
-static void reposition(kvs_session *s, uint32_t layer, uint32_t head)
+/* Dead slots are read by every later token and hold room. Where the budget asked for the eviction, every slot will be
+ * wanted before it asks again; else moving pays once enough are dead. */
+static void compact(kvs_session *s, uint32_t layer, uint32_t head)
+{
+    if (s->policy.schedule == KVS_SCHEDULE_FULL || kvs_cache_is_sparse(s->cache, layer, head))
+        kvs_cache_compact(s->cache, layer, head);
+}
+
+/* Reads what a head holds now and says where it stands: kept_pos, kept_rope, the next key's position. */
+static int32_t place(kvs_session *s, uint32_t layer, uint32_t head)
 {
     kvs_evict_scratch *e = &s->scratch;
     const kvs_head_slots slots = {.pos = e->kept_pos, .rope_pos = e->kept_rope};
@@ -213,20 +223,26 @@ static void reposition(kvs_session *s, uint32_t layer, uint32_t head)
     int32_t next;
     kvs_positions_assign(s->policy.position, s->policy.gap_cap, e->kept_pos, e->kept_rope, n, (int32_t)s->n_tokens,
                          e->kept_rope, &next);
-    kvs_cache_set_rope(s->cache, layer, head, e->kept_rope, next);
+    kvs_turn_log_mark(&s->turns, e->kept_pos, n);
+    return next;
 }
 
 static void apply(kvs_session *s)
 {
     const uint32_t n_kv_heads = s->model->info.n_kv_heads, n_heads = s->model->info.n_layers * n_kv_heads;
+    const kvs_policy_scope scope = kvs_policy_scope_of(&s->policy);
+    s->uniform = s->uniform && scope == KVS_SCOPE_SHARED;
+    s->layer_uniform = s->layer_uniform && scope != KVS_SCOPE_HEAD;
+    int32_t next = 0;
     for (uint32_t h = 0; h < n_heads; h++) {
-        kvs_cache_keep(s->cache, h / n_kv_heads, h % n_kv_heads, s->scratch.keep + (size_t)h * s->scratch.n_slots);
-        reposition(s, h / n_kv_heads, h % n_kv_heads);
+        const uint32_t layer = h / n_kv_heads, head = h % n_kv_heads;
+        kvs_cache_keep(s->cache, layer, head, s->scratch.keep + (size_t)h * s->scratch.n_slots);
+        compact(s, layer, head);
+        if (h == 0 || !s->uniform) /* else as head 0 */
+            next = place(s, layer, head);
+        kvs_cache_set_rope(s->cache, layer, head, s->scratch.kept_rope, next);
     }
-    if (kvs_policy_scope_of(&s->policy) != KVS_SCOPE_SHARED)
-        s->uniform = false;
-    if (kvs_policy_scope_of(&s->policy) == KVS_SCOPE_HEAD)
-        s->layer_uniform = false;
+    kvs_turn_log_forget(&s->turns, (int32_t)s->n_tokens);
 }
 
 /* Mode recompute: the kept tokens run through the model afresh, at positions 0..n-1, as if nothing else had been
@@ -236,17 +252,14 @@ static kvs_status recompute(kvs_session *s, kvs_forward *f, kvs_error *err)
     kvs_evict_scratch *e = &s->scratch;
     const kvs_head_slots slots = {.pos = e->kept_pos, .token = e->token, .flags = e->flags};
     const uint32_t n = kvs_cache_read_head(s->cache, 0, 0, &slots);
-    kvs_cache_meter before;
-    kvs_cache_get_meter(s->cache, &before);
+    const uint64_t footprint = kvs_cache_meter_now(s->cache)->footprint_slots;
     kvs_cache_clear(s->cache);
     for (uint32_t at = 0; at < n;) {
         const uint32_t rows = kvs_min_u32(n - at, kvs_min_u32(s->chunk_tokens, f->max_rows));
         KVS_TRY(kvs_step_raw(s, f, e->token + at, e->flags + at, e->kept_pos + at, rows, err));
         at += rows;
     }
-    kvs_cache_meter after;
-    kvs_cache_get_meter(s->cache, &after);
-    s->footprint_skip += after.footprint_slots - before.footprint_slots;
+    s->footprint_skip += kvs_cache_meter_now(s->cache)->footprint_slots - footprint;
     return KVS_OK;
 }
 
@@ -273,6 +286,7 @@ kvs_status kvs_evict(kvs_session *s, kvs_forward *forward, uint32_t keep_overrid
     }
     s->n_slots_evicted += live_before - kvs_cache_live_total(s->cache);
     s->n_tokens_evicted_at = s->n_tokens;
+    s->evicted_after_prompt = s->last_was_prompt;
     s->score_ns += sel.score_ns;
     s->select_ns += sel.select_ns;
     s->move_ns += t2 - t1;

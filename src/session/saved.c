@@ -3,11 +3,11 @@
 
 #include <string.h>
 
-#define SAVED_MAGIC 0x3153564bu /* "KVS1" */
+#define SAVED_MAGIC 0x3253564bu /* "KVS2" */
 
-enum { FIXED_WORDS = 20 };
+enum { FIXED_WORDS = 22, TURN_BYTES = 16 };
 
-/* Everything but the policy text, the flag log and the cache, as 64-bit words. */
+/* Everything but the policy text, the turns and the cache, as 64-bit words. */
 static void pack(const kvs_session *s, uint64_t words[FIXED_WORDS], size_t cache_bytes)
 {
     const kvs_model_info *i = &s->model->info;
@@ -24,7 +24,7 @@ static void pack(const kvs_session *s, uint64_t words[FIXED_WORDS], size_t cache
         s->schedule_mark,
         (uint64_t)s->uniform | (uint64_t)s->layer_uniform << 1,
         s->forward_open,
-        s->last_was_prompt,
+        (uint64_t)s->last_was_prompt | (uint64_t)s->evicted_after_prompt << 1,
         mass_lost,
         s->n_evictions,
         s->n_slots_evicted,
@@ -34,14 +34,42 @@ static void pack(const kvs_session *s, uint64_t words[FIXED_WORDS], size_t cache
         s->move_ns,
         s->footprint_skip,
         cache_bytes,
+        s->turns.n,
+        (uint64_t)(int64_t)s->turns.marker_from,
     };
     memcpy(words, all, sizeof all);
+}
+
+static uint8_t *put(uint8_t *at, uint64_t x, int n_bytes)
+{
+    for (int b = 0; b < n_bytes; b++)
+        *at++ = (uint8_t)(x >> (8 * b));
+    return at;
+}
+
+static uint64_t get(const uint8_t *at, int n_bytes)
+{
+    uint64_t x = 0;
+    for (int b = 0; b < n_bytes; b++)
+        x |= (uint64_t)at[b] << (8 * b);
+    return x;
+}
+
+/* One turn of a save. */
+static kvs_turn turn_at(const uint8_t *at)
+{
+    return (kvs_turn){
+        .head = (int32_t)get(at, 4),
+        .begin = (int32_t)get(at + 4, 4),
+        .end = (int32_t)get(at + 8, 4),
+        .tail = (int32_t)get(at + 12, 4),
+    };
 }
 
 kvs_status kvs_session_save(const kvs_session *s, void *buf, size_t cap_bytes, size_t *size_bytes, kvs_error *err)
 {
     const size_t cache_bytes = kvs_cache_snapshot_bytes(s->cache);
-    const size_t need = FIXED_WORDS * 8 + sizeof s->policy.text + (size_t)s->n_tokens + cache_bytes;
+    const size_t need = FIXED_WORDS * 8 + sizeof s->policy.text + (size_t)s->turns.n * TURN_BYTES + cache_bytes;
     *size_bytes = need;
     if (buf == NULL)
         return KVS_OK;
@@ -51,14 +79,17 @@ kvs_status kvs_session_save(const kvs_session *s, void *buf, size_t cap_bytes, s
     pack(s, words, cache_bytes);
     uint8_t *at = buf;
     for (size_t i = 0; i < FIXED_WORDS; i++)
-        for (int b = 0; b < 8; b++)
-            *at++ = (uint8_t)(words[i] >> (8 * b));
+        at = put(at, words[i], 8);
     memset(at, 0, sizeof s->policy.text);
     memcpy(at, s->policy.text, strlen(s->policy.text));
     at += sizeof s->policy.text;
-    if (s->n_tokens > 0)
-        memcpy(at, s->flag_log, (size_t)s->n_tokens);
-    kvs_cache_snapshot_write(s->cache, at + s->n_tokens);
+    for (uint32_t i = 0; i < s->turns.n; i++) {
+        const kvs_turn *t = &s->turns.turns[i];
+        const int32_t bounds[] = {t->head, t->begin, t->end, t->tail};
+        for (int k = 0; k < 4; k++)
+            at = put(at, (uint32_t)bounds[k], 4);
+    }
+    kvs_cache_snapshot_write(s->cache, at);
     return KVS_OK;
 }
 
@@ -77,9 +108,29 @@ static kvs_status check_words(const kvs_session *s, const uint64_t *words, size_
         return kvs_error_set(err, KVS_EFORMAT, "saved session ran in --arith %s, this one runs in %s",
                              words[3] == KVS_ARITH_F32 ? "f32" : "native",
                              s->options.arith == KVS_ARITH_F32 ? "f32" : "native");
-    const uint64_t rest = size_bytes - FIXED_WORDS * 8 - sizeof s->policy.text; /* log and cache: kvs_session_load */
-    if (words[5] > INT32_MAX / 2 || words[6] > words[5] || words[5] > rest || words[FIXED_WORDS - 1] != rest - words[5])
+    const uint64_t rest = size_bytes - FIXED_WORDS * 8 - sizeof s->policy.text; /* turns and cache: kvs_session_load */
+    if (words[5] > INT32_MAX / 2 || words[6] > words[5] || words[20] > rest / TURN_BYTES ||
+        words[19] != rest - words[20] * TURN_BYTES)
         return kvs_error_set(err, KVS_EFORMAT, "saved session is truncated: %zu bytes", size_bytes);
+    return KVS_OK;
+}
+
+/* Turns stand one behind the other, the last one's markers up to the newest token. */
+static kvs_status check_turns(const uint8_t *at, uint64_t n, int64_t marker_from, int32_t n_tokens, kvs_error *err)
+{
+    int32_t end = 0, tail = 0;
+    for (uint64_t i = 0; i < n; i++, at += TURN_BYTES) {
+        const kvs_turn t = turn_at(at);
+        if (t.head < end || t.begin < t.head || t.end <= t.begin || t.tail < t.end || t.tail > n_tokens)
+            return kvs_error_set(err, KVS_EFORMAT, "saved session is damaged: turn %llu of %llu stands at [%d, %d)",
+                                 (unsigned long long)i, (unsigned long long)n, t.begin, t.end);
+        end = t.end;
+        tail = t.tail;
+    }
+    const int64_t from = tail > end || (n == 0 && n_tokens > 0) ? end : -1;
+    if (marker_from != from || (n > 0 && tail != n_tokens))
+        return kvs_error_set(err, KVS_EFORMAT, "saved session is damaged: its turns end at %d, %d tokens were said",
+                             tail, n_tokens);
     return KVS_OK;
 }
 
@@ -89,9 +140,8 @@ kvs_status kvs_session_load(kvs_session *s, const void *buf, size_t size_bytes, 
     const uint8_t *at = buf;
     if (size_bytes < FIXED_WORDS * 8 + sizeof s->policy.text)
         return kvs_error_set(err, KVS_EFORMAT, "saved session is truncated: %zu bytes", size_bytes);
-    for (size_t i = 0; i < FIXED_WORDS; i++)
-        for (int b = 0; b < 8; b++)
-            words[i] |= (uint64_t)*at++ << (8 * b);
+    for (size_t i = 0; i < FIXED_WORDS; i++, at += 8)
+        words[i] = get(at, 8);
     KVS_TRY(check_words(s, words, size_bytes, err));
     char policy[sizeof s->policy.text];
     memcpy(policy, at, sizeof policy);
@@ -100,21 +150,15 @@ kvs_status kvs_session_load(kvs_session *s, const void *buf, size_t size_bytes, 
         return kvs_error_set(err, KVS_EFORMAT, "saved session has policy '%.150s', this one '%.150s'", policy,
                              s->policy.text);
     at += sizeof policy;
-    const size_t n_tokens = (size_t)words[5];
-    uint8_t *log = kvs_alloc(s->allocator, n_tokens == 0 ? 1 : n_tokens, 1);
-    if (log == NULL)
-        return kvs_error_set(err, KVS_ENOMEM, "no memory for the log of %zu tokens", n_tokens);
-    const kvs_snapshot_limits limits = {(int32_t)n_tokens, s->model->info.vocab_size, s->scratch.n_slots};
-    const kvs_status status =
-        kvs_cache_snapshot_read(s->cache, at + n_tokens, (size_t)words[FIXED_WORDS - 1], &limits, err);
-    if (status != KVS_OK) {
-        kvs_free(s->allocator, log);
-        return status;
-    }
-    memcpy(log, at, n_tokens);
-    kvs_free(s->allocator, s->flag_log);
-    s->flag_log = log;
-    s->flag_log_capacity = n_tokens;
+    const uint64_t n_turns = words[20];
+    KVS_TRY(check_turns(at, n_turns, (int64_t)words[21], (int32_t)words[5], err));
+    const kvs_snapshot_limits limits = {(int32_t)words[5], s->model->info.vocab_size, s->scratch.n_slots};
+    KVS_TRY(kvs_cache_snapshot_read(s->cache, at + n_turns * TURN_BYTES, (size_t)words[19], &limits, err));
+    s->turns.n = n_turns < s->turns.capacity ? (uint32_t)n_turns : s->turns.capacity; /* the newest */
+    s->turns.marker_from = (int32_t)(int64_t)words[21];
+    at += (n_turns - s->turns.n) * TURN_BYTES;
+    for (uint32_t i = 0; i < s->turns.n; i++, at += TURN_BYTES)
+        s->turns.turns[i] = turn_at(at);
     s->options.seed = words[4];
     s->n_tokens = words[5];
     s->n_tokens_evicted_at = words[6];
@@ -122,7 +166,8 @@ kvs_status kvs_session_load(kvs_session *s, const void *buf, size_t size_bytes, 
     s->uniform = (words[8] & 1) != 0;
     s->layer_uniform = (words[8] & 2) != 0;
     s->forward_open = words[9] != 0;
-    s->last_was_prompt = words[10] != 0;
+    s->last_was_prompt = (words[10] & 1) != 0;
+    s->evicted_after_prompt = (words[10] & 2) != 0;
     memcpy(&s->mass_lost, &words[11], sizeof s->mass_lost);
     s->n_evictions = words[12];
     s->n_slots_evicted = words[13];

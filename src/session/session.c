@@ -11,10 +11,11 @@ void kvs_session_options_default(kvs_session_options *opt)
     *opt = (kvs_session_options){.kv_type = KVS_KV_F16, .arith = KVS_ARITH_NATIVE, .seed = 1};
 }
 
-static kvs_cache_config cache_config(const kvs_session *s)
+/* n_held: slots of the fullest head that a fork takes over. */
+static kvs_cache_config cache_config(const kvs_session *s, uint32_t n_held)
 {
     const kvs_model_info *i = &s->model->info;
-    return (kvs_cache_config){
+    kvs_cache_config c = {
         .n_layers = i->n_layers,
         .n_kv_heads = i->n_kv_heads,
         .head_dim = i->head_dim,
@@ -24,6 +25,11 @@ static kvs_cache_config cache_config(const kvs_session *s)
         .budget_tokens = s->options.budget_tokens,
         .allocator = s->allocator,
     };
+    /* A budget in bytes lets a ragged policy give one head most of it; uniform ones need the share of one. */
+    const uint32_t share = c.budget_tokens != 0 ? c.budget_tokens : kvs_cache_tokens_for_bytes(&c, c.budget_bytes);
+    const uint64_t most = (uint64_t)kvs_max_u32(share, n_held) + KVS_PAGE_SLOTS;
+    c.slots_max = most < UINT32_MAX ? (uint32_t)most : UINT32_MAX;
+    return c;
 }
 
 static kvs_status check_options(const kvs_model *m, const kvs_session_options *o, kvs_error *err)
@@ -43,8 +49,7 @@ static kvs_status check_options(const kvs_model *m, const kvs_session_options *o
 /* What must fit whatever happens: the sinks and recent tokens that are protected, and one more. */
 static kvs_status check_budget(const kvs_session *s, kvs_error *err)
 {
-    kvs_cache_meter m;
-    kvs_cache_get_meter(s->cache, &m);
+    const kvs_cache_meter m = *kvs_cache_meter_now(s->cache);
     const kvs_protect *p = &s->policy.protect;
     const uint64_t least = s->policy.ops->never_evicts ? 1 : (uint64_t)p->sinks + p->recent + 1;
     if (m.budget_tokens < least)
@@ -91,14 +96,26 @@ static kvs_status session_new(kvs_model *m, const kvs_session_options *opt, kvs_
     return KVS_OK;
 }
 
+/* What steps of this session will need of the model's shared workspace. */
+static kvs_status reserve_forward(const kvs_session *s, kvs_forward *f, kvs_error *err)
+{
+    const size_t bytes = kvs_attend_scratch_bytes(s->model, kvs_cache_pages_bound(s->cache));
+    pthread_mutex_lock(&f->lock); /* another session's step may be in it */
+    kvs_status status = kvs_forward_need_scratch(f, bytes, err);
+    if (status == KVS_OK && kvs_policy_needs(&s->policy) != 0)
+        status = kvs_forward_need_taps(f, err);
+    pthread_mutex_unlock(&f->lock);
+    return status;
+}
+
 static kvs_status finish_create(kvs_session *s, kvs_error *err)
 {
     kvs_forward *f;
     KVS_TRY(check_budget(s, err));
     KVS_TRY(kvs_session_forward(s, &f, err));
     KVS_TRY(kvs_evict_scratch_create(s, err));
-    kvs_cache_meter m;
-    kvs_cache_get_meter(s->cache, &m);
+    KVS_TRY(reserve_forward(s, f, err));
+    const kvs_cache_meter m = *kvs_cache_meter_now(s->cache);
     const uint32_t chunk = s->options.chunk_tokens != 0 ? s->options.chunk_tokens : 256;
     const uint32_t quarter = (uint32_t)kvs_max_u32((uint32_t)(m.budget_tokens / 4), 1);
     s->chunk_tokens = kvs_min_u32(kvs_min_u32(chunk, quarter), f->max_rows);
@@ -112,7 +129,7 @@ kvs_status kvs_session_create(kvs_model *m, const kvs_session_options *opt, kvs_
     *out = NULL;
     kvs_session *s;
     KVS_TRY(session_new(m, opt != NULL ? opt : &defaults, &s, err));
-    const kvs_cache_config config = cache_config(s);
+    const kvs_cache_config config = cache_config(s, 0);
     kvs_status status = kvs_cache_create(&config, &s->cache, err);
     if (status == KVS_OK)
         status = finish_create(s, err);
@@ -132,13 +149,12 @@ void kvs_session_free(kvs_session **session)
     *session = NULL;
     kvs_cache_free(&s->cache);
     kvs_evict_scratch_free(s);
-    kvs_free(s->allocator, s->flag_log);
     kvs_free(s->allocator, s);
 }
 
 /* ---- fork ---- */
 
-static kvs_status fork_state(const kvs_session *from, kvs_session *s, kvs_error *err)
+static void fork_state(const kvs_session *from, kvs_session *s)
 {
     s->n_tokens = from->n_tokens;
     s->n_tokens_evicted_at = from->n_tokens_evicted_at;
@@ -146,6 +162,7 @@ static kvs_status fork_state(const kvs_session *from, kvs_session *s, kvs_error 
     s->layer_uniform = from->layer_uniform;
     s->forward_open = from->forward_open;
     s->last_was_prompt = from->last_was_prompt;
+    s->evicted_after_prompt = from->evicted_after_prompt;
     s->mass_lost = from->mass_lost;
     s->footprint_skip = from->footprint_skip;
     s->n_evictions = from->n_evictions; /* a random policy draws by it */
@@ -154,26 +171,31 @@ static kvs_status fork_state(const kvs_session *from, kvs_session *s, kvs_error 
     s->schedule_mark = s->policy.schedule == KVS_SCHEDULE_EVERY ? from->n_tokens : 0;
     if (strcmp(s->policy.text, from->policy.text) == 0)
         s->schedule_mark = from->schedule_mark;
-    s->flag_log = kvs_alloc(s->allocator, from->flag_log_capacity, 1);
-    if (s->flag_log == NULL)
-        return kvs_error_set(err, KVS_ENOMEM, "no memory for the log of %zu tokens", from->flag_log_capacity);
-    s->flag_log_capacity = from->flag_log_capacity;
-    if (from->n_tokens > 0)
-        memcpy(s->flag_log, from->flag_log, (size_t)from->n_tokens);
-    return KVS_OK;
+    kvs_turn_log_copy(&s->turns, &from->turns);
+}
+
+static bool fits_budget(const kvs_session *s)
+{
+    const kvs_cache_meter *m = kvs_cache_meter_now(s->cache);
+    return kvs_cache_live_max(s->cache) <= m->budget_tokens && m->reserved_bytes + m->side_bytes <= m->budget_bytes;
 }
 
 /* A fork onto a smaller budget evicts at once. */
 static kvs_status fit_budget(kvs_session *s, kvs_error *err)
 {
-    kvs_cache_meter m;
-    kvs_cache_get_meter(s->cache, &m);
-    if (kvs_cache_live_max(s->cache) <= m.budget_tokens && m.reserved_bytes + m.side_bytes <= m.budget_bytes)
+    const kvs_cache_meter *m = kvs_cache_meter_now(s->cache);
+    if (fits_budget(s))
         return KVS_OK;
     if (s->policy.ops->never_evicts)
         return kvs_error_set(err, KVS_EBUDGET, "%u slots a head are held, the new budget has %llu and %s never evicts",
-                             kvs_cache_live_max(s->cache), (unsigned long long)m.budget_tokens, s->policy.ops->name);
-    return kvs_session_evict(s, kvs_keep_default(s), err);
+                             kvs_cache_live_max(s->cache), (unsigned long long)m->budget_tokens, s->policy.ops->name);
+    KVS_TRY(kvs_session_evict(s, kvs_keep_default(s), err));
+    if (!fits_budget(s))
+        return kvs_error_set(err, KVS_EBUDGET,
+                             "%u slots a head are held or protected, the new budget has %llu; raise it or use "
+                             "+protect=none",
+                             kvs_cache_live_max(s->cache), (unsigned long long)m->budget_tokens);
+    return KVS_OK;
 }
 
 kvs_status kvs_session_fork(kvs_session *from, const kvs_session_options *opt, kvs_session **out, kvs_error *err)
@@ -189,14 +211,14 @@ kvs_status kvs_session_fork(kvs_session *from, const kvs_session_options *opt, k
     KVS_TRY(session_new(from->model, &o, &s, err));
     if (same_policy && o.position == NULL)
         s->policy = from->policy; /* paper_compat and the spec's own position may differ from the text's reading */
-    const kvs_cache_config config = cache_config(s);
+    const kvs_cache_config config = cache_config(s, kvs_cache_live_max(from->cache));
     kvs_status status = kvs_cache_fork(from->cache, &config, &s->cache, err);
     if (status == KVS_OK)
         status = finish_create(s, err);
-    if (status == KVS_OK)
-        status = fork_state(from, s, err);
-    if (status == KVS_OK)
+    if (status == KVS_OK) {
+        fork_state(from, s);
         status = fit_budget(s, err);
+    }
     if (status != KVS_OK) {
         kvs_session_free(&s);
         return status;
@@ -226,8 +248,7 @@ kvs_status kvs_session_turn_begin(kvs_session *s, kvs_error *err)
     /* The script's check before the turn has no attention at hand: strategies that need it skip it. */
     if (kvs_policy_needs(&s->policy) != 0)
         return KVS_OK;
-    kvs_cache_meter m;
-    kvs_cache_get_meter(s->cache, &m);
+    const kvs_cache_meter m = *kvs_cache_meter_now(s->cache);
     const bool due =
         (s->policy.schedule == KVS_SCHEDULE_TOKENS && kvs_cache_live_max(s->cache) >= s->policy.schedule_value) ||
         (s->policy.schedule == KVS_SCHEDULE_BYTES && m.live_bytes >= s->policy.schedule_value);
@@ -258,13 +279,16 @@ kvs_status kvs_session_truncate(kvs_session *s, uint64_t n_tokens, kvs_error *er
         return kvs_error_set(err, KVS_EINVAL, "cannot truncate to %llu tokens: an eviction at %llu cannot be undone",
                              (unsigned long long)n_tokens, (unsigned long long)s->n_tokens_evicted_at);
     kvs_cache_truncate(s->cache, (int32_t)n_tokens);
+    kvs_turn_log_truncate(&s->turns, (int32_t)n_tokens);
     /* What the dropped rows met: nothing was evicted since, so the i-th of them met what is left, i more and itself. */
     const uint64_t n_heads = (uint64_t)s->model->info.n_layers * s->model->info.n_kv_heads;
     const uint64_t dropped = s->n_tokens - n_tokens;
     s->footprint_skip += dropped * kvs_cache_live_total(s->cache) + n_heads * dropped * (dropped + 1) / 2;
     s->n_tokens = n_tokens;
     s->forward_open = false;
-    s->last_was_prompt = n_tokens > 0 && !(s->flag_log[n_tokens - 1] & KVS_TOKEN_ASSISTANT);
+    /* Everything said since the last eviction is still held. */
+    s->last_was_prompt = n_tokens > s->n_tokens_evicted_at ? !(kvs_cache_newest_flags(s->cache) & KVS_TOKEN_ASSISTANT)
+                                                           : s->evicted_after_prompt;
     return KVS_OK;
 }
 
@@ -297,7 +321,7 @@ void kvs_session_get_usage(const kvs_session *s, kvs_usage *u)
     kvs_cache_get_meter(s->cache, &m);
     const uint64_t n_heads = (uint64_t)s->model->info.n_layers * s->model->info.n_kv_heads;
     const double full = (double)n_heads * (double)s->n_tokens * ((double)s->n_tokens + 1) / 2;
-    const uint64_t scratch = s->scratch.bytes + s->flag_log_capacity + s->model->forward->bytes;
+    const uint64_t scratch = s->scratch.bytes + s->model->forward->bytes;
     *u = (kvs_usage){
         .budget_bytes = m.budget_bytes,
         .budget_tokens = m.budget_tokens,
@@ -355,7 +379,7 @@ static void measure(const kvs_session *s, kvs_positions_fold *fold, kvs_position
             kvs_positions_indices indices;
             kvs_positions_measure(&view, e->kept_pos, e->kept_rope, &indices);
             kvs_positions_fold_add(fold, &indices);
-            integrity += kvs_positions_template_integrity(e->pos, n, s->flag_log, (uint32_t)s->n_tokens);
+            integrity += kvs_turn_log_integrity(&s->turns, e->pos, n);
             if (s->uniform) { /* every head would say the same */
                 kvs_positions_fold_end(fold, out);
                 out->template_integrity = integrity;
@@ -381,8 +405,7 @@ void kvs_session_get_health(const kvs_session *s, kvs_health *h)
     measure(s, &fold, &p);
     kvs_health_inputs in;
     kvs_health_gather(&p, s->policy.position, fold.distance_max, fold.rope_max, s->model->info.window_tokens, &in);
-    kvs_cache_meter m;
-    kvs_cache_get_meter(s->cache, &m);
+    const kvs_cache_meter m = *kvs_cache_meter_now(s->cache);
     in.over_budget = m.reserved_bytes + m.side_bytes > m.budget_bytes;
     in.nan_seen = s->saw_nan;
     kvs_health_weights weights;

@@ -4,6 +4,7 @@
 
 #include "base/base.h"
 #include "cache/cache.h"
+#include "cache/turns.h"
 #include "model/forward.h"
 #include "policy/policy.h"
 
@@ -32,18 +33,18 @@ struct kvs_session {
     uint64_t n_tokens_evicted_at; /* n_tokens at the last eviction: truncation cannot go below */
     uint64_t schedule_mark;       /* every: n_tokens of the last event; once: 1 after it */
     uint32_t chunk_tokens;
-    bool uniform;         /* every head holds the same tokens */
-    bool layer_uniform;   /* every head of a layer does */
-    bool forward_open;    /* the mass of the latest forward goes on accumulating */
-    bool last_was_prompt; /* the newest row was not the assistant's: a decode step now ends the prefill */
-    double mass_lost;     /* EMA over events; -1: never recorded */
+    bool uniform;              /* every head holds the same tokens */
+    bool layer_uniform;        /* every head of a layer does */
+    bool forward_open;         /* the mass of the latest forward goes on accumulating */
+    bool last_was_prompt;      /* the newest row was not the assistant's: a decode step now ends the prefill */
+    bool evicted_after_prompt; /* the same at n_tokens_evicted_at, where truncation may return to */
+    double mass_lost;          /* EMA over events; -1: never recorded */
     uint64_t n_evictions, n_slots_evicted, evict_ns, score_ns, select_ns, move_ns;
     uint64_t footprint_skip; /* slots counted by recomputation, not by new tokens */
     bool saw_nan;
     uint64_t perturb_seed; /* != 0: layer 0's q, k, v move by one unit in the last place (the noise floor) */
-    uint8_t *flag_log;     /* [n_tokens] flags of everything said: one byte a token, outside the budget */
-    size_t flag_log_capacity;
     kvs_evict_scratch scratch;
+    kvs_turn_log turns; /* its memory is among scratch's bytes */
     void (*on_event)(void *ctx, const kvs_event *event);
     void *event_ctx;
 };
@@ -70,11 +71,11 @@ typedef struct kvs_attend_ctx {
     uint32_t tap_needs; /* of any run */
     float *m, *l;       /* [n_kv_heads][rows][group]: log-sum-exp parts for the taps */
 } kvs_attend_ctx;
-/* Bytes of scratch a thread needs for these runs. */
-size_t kvs_attend_scratch_bytes(const kvs_model *m, const kvs_attend_run *runs, uint32_t n_runs);
+/* Bytes of scratch a thread needs for sessions whose heads have n_pages at most. */
+size_t kvs_attend_scratch_bytes(const kvs_model *m, uint32_t n_pages);
 void kvs_attend(void *ctx, kvs_forward *f, uint32_t layer, uint32_t n_rows);
 
-/* step.c: appends n tokens at positions pos and runs them, without schedule and logits. Room must be there. */
+/* step.c: appends n tokens at positions pos and runs them, without schedule and logits. EBUDGET: no room, unchanged. */
 kvs_status kvs_step_raw(kvs_session *s, kvs_forward *f, const int32_t *tokens, const uint8_t *flags, const int32_t *pos,
                         uint32_t n, kvs_error *err);
 kvs_status kvs_session_forward(kvs_session *s, kvs_forward **out, kvs_error *err);

@@ -14,8 +14,7 @@ static bool is_answer(const kvs_run *run, uint32_t row)
 /* Rows until live bytes reach the trigger; 0 when they have. */
 static uint32_t rows_until_bytes(const kvs_session *s, uint64_t trigger_bytes)
 {
-    kvs_cache_meter m;
-    kvs_cache_get_meter(s->cache, &m);
+    const kvs_cache_meter m = *kvs_cache_meter_now(s->cache);
     if (m.live_bytes >= trigger_bytes)
         return 0;
     const kvs_model_info *i = &s->model->info;
@@ -99,8 +98,7 @@ static void mark_schedule(kvs_session *s)
 /* A baseline whose cache is full, or a policy that frees nothing. */
 static kvs_status refuse(const kvs_session *s, uint32_t n_more, kvs_error *err)
 {
-    kvs_cache_meter m;
-    kvs_cache_get_meter(s->cache, &m);
+    const kvs_cache_meter m = *kvs_cache_meter_now(s->cache);
     return kvs_error_set(err, KVS_EBUDGET,
                          "%s: %u more tokens do not fit: %u slots a head are held of %llu (%llu bytes) and %s",
                          s->policy.ops->name, n_more, kvs_cache_live_max(s->cache), (unsigned long long)m.budget_tokens,
@@ -139,7 +137,7 @@ static kvs_status plan_compat(kvs_session *s, kvs_forward *f, const kvs_run *run
         if (!p.act)
             *n_rows = kvs_min_u32(kvs_min_u32(left, s->chunk_tokens), p.rows_max);
     }
-    const uint32_t room = kvs_cache_room(s->cache, s->scratch.n_slots);
+    const uint32_t room = kvs_cache_room(s->cache);
     if (room == 0)
         return refuse(s, left, err);
     *n_rows = rows_of_one_kind(run, at, kvs_min_u32(*n_rows, room));
@@ -163,7 +161,7 @@ static kvs_status plan_rows(kvs_session *s, kvs_forward *f, const kvs_run *run, 
         mark_schedule(s);
         p = consult_schedule(s, answer);
     }
-    uint32_t room = kvs_cache_room(s->cache, s->scratch.n_slots);
+    uint32_t room = kvs_cache_room(s->cache);
     if (hold && room < left && is_answer(run, run->n_tokens - 1) == answer)
         return kvs_error_set(err, KVS_EBUDGET,
                              "prefill full needs room for the whole prompt: %u more tokens, room for %u; raise the "
@@ -177,7 +175,7 @@ static kvs_status plan_rows(kvs_session *s, kvs_forward *f, const kvs_run *run, 
             KVS_TRY(kvs_evict(s, f, kvs_keep_default(s), path, "budget", &progress, err));
         if (!progress)
             return refuse(s, left, err);
-        room = kvs_cache_room(s->cache, s->scratch.n_slots);
+        room = kvs_cache_room(s->cache);
     }
     uint32_t n = kvs_min_u32(kvs_min_u32(left, room), s->chunk_tokens);
     /* A trigger that eviction cannot satisfy (keep above it) still lets one row through: it is asked again after. */
@@ -193,7 +191,6 @@ typedef struct step_rows {
     kvs_attend_run runs[KVS_STEP_ROWS_MAX];
     uint32_t run_index[KVS_STEP_ROWS_MAX]; /* into the caller's array */
     uint32_t n_runs, n_rows;
-    float *tap_m, *tap_l;
 } step_rows;
 
 kvs_status kvs_session_forward(kvs_session *s, kvs_forward **out, kvs_error *err)
@@ -227,40 +224,15 @@ static void plan_tap(kvs_session *s, kvs_attend_run *r, const uint8_t *flags)
     s->forward_open = !answer;
 }
 
-static kvs_status grow_flag_log(kvs_session *s, uint64_t n_tokens, kvs_error *err)
+/* Runs the rows through all layers. Taps need the log-sum-exp of each row, kept behind the activations. All it works in
+ * was reserved when the sessions were created. */
+static void run_forward(kvs_forward *f, step_rows *rows, kvs_arith arith)
 {
-    if (n_tokens <= s->flag_log_capacity)
-        return KVS_OK;
-    size_t capacity = s->flag_log_capacity < 4096 ? 4096 : s->flag_log_capacity;
-    while (capacity < n_tokens)
-        capacity *= 2;
-    uint8_t *log = kvs_alloc(s->allocator, capacity, 1);
-    if (log == NULL)
-        return kvs_error_set(err, KVS_ENOMEM, "no memory for the log of %zu tokens", capacity);
-    if (s->n_tokens > 0)
-        memcpy(log, s->flag_log, (size_t)s->n_tokens);
-    kvs_free(s->allocator, s->flag_log);
-    s->flag_log = log;
-    s->flag_log_capacity = capacity;
-    return KVS_OK;
-}
-
-/* Runs the rows through all layers. Taps need the log-sum-exp of each row, kept behind the activations. */
-static kvs_status run_forward(kvs_forward *f, step_rows *rows, kvs_arith arith, kvs_error *err)
-{
-    const kvs_model *m = f->model;
-    KVS_TRY(kvs_forward_need_scratch(f, kvs_attend_scratch_bytes(m, rows->runs, rows->n_runs), err));
-    kvs_attend_ctx ctx = {.runs = rows->runs, .n_runs = rows->n_runs};
+    kvs_attend_ctx ctx = {.runs = rows->runs, .n_runs = rows->n_runs, .m = f->tap_m, .l = f->tap_l};
     for (uint32_t i = 0; i < rows->n_runs; i++)
         if (rows->runs[i].tap_from < rows->runs[i].n_rows)
             ctx.tap_needs |= kvs_policy_needs(&rows->runs[i].session->policy);
-    if (ctx.tap_needs != 0) {
-        KVS_TRY(kvs_forward_need_taps(f, err));
-        ctx.m = f->tap_m;
-        ctx.l = f->tap_l;
-    }
     kvs_forward_rows(f, arith, rows->tokens, rows->n_rows, kvs_attend, &ctx);
-    return KVS_OK;
 }
 
 kvs_status kvs_step_raw(kvs_session *s, kvs_forward *f, const int32_t *tokens, const uint8_t *flags, const int32_t *pos,
@@ -271,7 +243,8 @@ kvs_status kvs_step_raw(kvs_session *s, kvs_forward *f, const int32_t *tokens, c
     memcpy(rows.tokens, tokens, n * sizeof *tokens);
     KVS_TRY(kvs_cache_append(s->cache, pos, tokens, flags, n, err));
     rows.runs[0] = (kvs_attend_run){.session = s, .n_rows = n, .tap_from = n};
-    return run_forward(f, &rows, s->options.arith, err);
+    run_forward(f, &rows, s->options.arith);
+    return KVS_OK;
 }
 
 /* ---- logits ---- */
@@ -338,7 +311,6 @@ static kvs_status check_runs(kvs_run *runs, uint32_t n_runs, kvs_error *err)
                                                       runs[i].tokens[t], t, vocab);
         if (s->n_tokens + runs[i].n_tokens > INT32_MAX / 2)
             return runs[i].status = kvs_error_set(err, KVS_EINVAL, "a session holds at most %d tokens", INT32_MAX / 2);
-        KVS_TRY(runs[i].status = grow_flag_log(runs[i].session, s->n_tokens + runs[i].n_tokens, err));
     }
     return KVS_OK;
 }
@@ -359,8 +331,7 @@ static kvs_status add_run(kvs_forward *f, step_rows *rows, kvs_run *run, uint32_
     *r = (kvs_attend_run){.session = s, .row0 = rows->n_rows, .n_rows = n};
     plan_tap(s, r, flags);
     memcpy(rows->tokens + rows->n_rows, run->tokens + at, n * sizeof *run->tokens);
-    for (uint32_t i = 0; i < n; i++)
-        s->flag_log[s->n_tokens + i] = flags == NULL ? 0 : flags[i];
+    kvs_turn_log_append(&s->turns, (int32_t)s->n_tokens, flags, n);
     s->n_tokens += n;
     s->last_was_prompt = !is_answer(run, at + n - 1);
     rows->run_index[rows->n_runs++] = index;
@@ -375,15 +346,6 @@ static kvs_status fail_open(kvs_run *runs, uint32_t n_runs, const uint32_t *at, 
         if (runs[i].status == KVS_OK && at[i] < runs[i].n_tokens)
             runs[i].status = status;
     return status;
-}
-
-/* Rows whose forward never ran were not said: their slots hold no keys. */
-static void take_back(const step_rows *rows)
-{
-    for (uint32_t i = 0; i < rows->n_runs; i++) {
-        kvs_session *s = rows->runs[i].session;
-        (void)kvs_session_truncate(s, s->n_tokens - rows->runs[i].n_rows, NULL); /* no eviction came after them */
-    }
 }
 
 static kvs_status step_locked(kvs_forward *f, kvs_run *runs, uint32_t n_runs, uint32_t *at, kvs_error *err)
@@ -402,11 +364,7 @@ static kvs_status step_locked(kvs_forward *f, kvs_run *runs, uint32_t n_runs, ui
         }
         if (rows.n_runs == 0)
             return first;
-        const kvs_status ran = run_forward(f, &rows, arith, err);
-        if (ran != KVS_OK) {
-            take_back(&rows);
-            return fail_open(runs, n_runs, at, ran);
-        }
+        run_forward(f, &rows, arith);
         if (!deliver(f, &rows, runs, at, arith)) {
             kvs_error_set(err, KVS_ECANCELLED, "the caller's callback asked to stop");
             return fail_open(runs, n_runs, at, KVS_ECANCELLED);

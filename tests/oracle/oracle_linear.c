@@ -208,8 +208,7 @@ static void run(kvs_model *m, const int32_t *tokens)
     kvs_attend_run r = {.session = s, .n_rows = N_TOKENS, .tap_from = N_TOKENS};
     kvs_attend_ctx ctx = {.runs = &r, .n_runs = 1};
     p.attend = &ctx;
-    if (kvs_cache_append(s->cache, pos, tokens, NULL, N_TOKENS, &err) != KVS_OK ||
-        kvs_forward_need_scratch(f, kvs_attend_scratch_bytes(m, &r, 1), &err) != KVS_OK)
+    if (kvs_cache_append(s->cache, pos, tokens, NULL, N_TOKENS, &err) != KVS_OK)
         die("step", err.message);
     kvs_forward_rows(f, KVS_ARITH_NATIVE, tokens, N_TOKENS, hook, &p);
     check_head(&p, f, N_TOKENS);

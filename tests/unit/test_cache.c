@@ -148,6 +148,8 @@ static bool fits(const naive *n, uint32_t n_more)
     for (uint32_t h = 0; h < n->n_heads; h++) {
         if (n->config.budget_tokens != 0 && n->heads[h].n + n_more > n->config.budget_tokens)
             return false;
+        if (n->config.slots_max != 0 && n->heads[h].n + n_more > n->config.slots_max)
+            return false;
         pages += (n->heads[h].n + n_more + KVS_PAGE_SLOTS - 1) / KVS_PAGE_SLOTS;
     }
     return pages <= n->page_limit;
@@ -206,23 +208,23 @@ static void do_append(naive *n, uint32_t n_rows)
             head->next_rope++;
             n->footprint += head->n;
         }
+        const uint32_t n_pages = kvs_cache_n_pages(n->cache, h / n->config.n_kv_heads, h % n->config.n_kv_heads);
+        CHECK(n, n_pages <= kvs_cache_pages_bound(n->cache)); /* scratch is sized by it */
     }
     write_rows(n, n_rows);
 }
 
 static void check_room(naive *n)
 {
-    const uint32_t room = kvs_cache_room(n->cache, 0);
+    const uint32_t room = kvs_cache_room(n->cache);
     CHECK(n, room == 0 || fits(n, room));
     CHECK(n, !fits(n, room + 1));
-    const uint32_t cap = kvs_rng_below(n->rng, 300) + 1, most = kvs_cache_live_max(n->cache);
-    CHECK(n, kvs_cache_room(n->cache, cap) == kvs_min_u32(room, most >= cap ? 0 : cap - most));
 }
 
 static void op_append(naive *n)
 {
     n->op = "append";
-    const uint32_t room = kvs_cache_room(n->cache, 0), kind = kvs_rng_below(n->rng, 16);
+    const uint32_t room = kvs_cache_room(n->cache), kind = kvs_rng_below(n->rng, 16);
     if (kind == 0) {
         n->op = "append past room";
         static _Thread_local int32_t pos[LINES_MAX * 8], tokens[LINES_MAX * 8];
@@ -513,6 +515,7 @@ static const kvs_cache_config shapes[] = {
     {.n_layers = 2, .n_kv_heads = 3, .head_dim = 4, .side_mask = 7, .budget_tokens = 200},
     {.n_layers = 1, .n_kv_heads = 1, .head_dim = 8, .kv_f32 = true, .budget_tokens = 130},
     {.n_layers = 3, .n_kv_heads = 2, .head_dim = 6, .side_mask = 1, .budget_bytes = 40000},
+    {.n_layers = 3, .n_kv_heads = 2, .head_dim = 6, .side_mask = 4, .budget_bytes = 90000, .slots_max = 150},
     {.n_layers = 1, .n_kv_heads = 2, .head_dim = 4, .kv_f32 = true, .side_mask = 5, .budget_bytes = 30001},
     {.n_layers = 4, .n_kv_heads = 1, .head_dim = 5, .side_mask = 2, .budget_tokens = 64},
     {.n_layers = 1, .n_kv_heads = 4, .head_dim = 4, .budget_tokens = 1},
@@ -636,7 +639,7 @@ static void a_child_that_compacts_leaves_the_parent_alone(void **state)
         op_keep(child);
         for (uint32_t h = 0; h < n->n_heads; h++)
             kvs_cache_compact(child->cache, h / 3, h % 3);
-        do_append(child, kvs_rng_below(&rng, kvs_cache_room(child->cache, 0)) + 1);
+        do_append(child, kvs_rng_below(&rng, kvs_cache_room(child->cache)) + 1);
         compare(child);
         assert_true(same_as(n->cache, bytes, size));
     }
@@ -654,7 +657,7 @@ static void parent_and_child_fill_their_budgets_independently(void **state)
     for (int order = 0; order < 2; order++) {
         kvs_rng rng = {7};
         naive *a = naive_create(&shapes[0], &rng, 7);
-        do_append(a, kvs_cache_room(a->cache, 0));
+        do_append(a, kvs_cache_room(a->cache));
         naive *b = malloc(sizeof *b);
         assert_non_null(b);
         *b = *a;
@@ -666,7 +669,7 @@ static void parent_and_child_fill_their_budgets_independently(void **state)
                 kvs_cache_keep(first->cache, h / 3, h % 3, none);
                 first->heads[h].n = 0;
             }
-            assert_int_equal(kvs_cache_room(first->cache, 0), 200);
+            assert_int_equal(kvs_cache_room(first->cache), 200);
             do_append(first, 200);
             check_budget(first);
             compare(first);
@@ -801,7 +804,7 @@ static void a_budget_without_a_page_a_head_names_the_least(void **state)
     assert_non_null(strstr(err.message, least));
     config.budget_bytes++;
     assert_int_equal(kvs_cache_create(&config, &c, &err), KVS_OK);
-    assert_int_equal(kvs_cache_room(c, 0), 64);
+    assert_int_equal(kvs_cache_room(c), 64);
     assert_int_equal(kvs_cache_tokens_for_bytes(&config, config.budget_bytes), 64);
     kvs_cache_free(&c);
 }

@@ -1,6 +1,7 @@
 /* Position modes and indices: closed forms for hand-made sets, the rules each mode must keep, and the position history
  * of arXiv 2511.04686's script replayed without a model (docs/metrics.md, "What rollback does"). */
 #include "cache/positions.h"
+#include "cache/turns.h"
 
 #include <math.h>
 #include <setjmp.h>
@@ -348,14 +349,17 @@ static void test_template_integrity_counts_turns_with_both_markers(void **state)
     int32_t all[12];
     for (int i = 0; i < 12; i++)
         all[i] = i;
-    assert_true(kvs_positions_template_integrity(all, 12, flags, 12) == 1.0);
+    kvs_turn turns[12];
+    kvs_turn_log log = {.turns = turns, .capacity = 12, .marker_from = -1};
+    kvs_turn_log_append(&log, 0, flags, 12);
+    assert_true(kvs_turn_log_integrity(&log, all, 12) == 1.0);
     const int32_t no_first_header[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11};
-    assert_true(kvs_positions_template_integrity(no_first_header, 11, flags, 12) == 2.0 / 3);
+    assert_true(kvs_turn_log_integrity(&log, no_first_header, 11) == 2.0 / 3);
     const int32_t half_marker[] = {0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11}; /* 4 belongs to turns a and b */
-    assert_true(kvs_positions_template_integrity(half_marker, 11, flags, 12) == 1.0 / 3);
+    assert_true(kvs_turn_log_integrity(&log, half_marker, 11) == 1.0 / 3);
     const int32_t turn_gone[] = {0, 8, 9, 10}; /* a and b hold nothing: only c counts */
-    assert_true(kvs_positions_template_integrity(turn_gone, 4, flags, 12) == 1.0);
-    assert_true(kvs_positions_template_integrity(NULL, 0, flags, 12) == 1.0);
+    assert_true(kvs_turn_log_integrity(&log, turn_gone, 4) == 1.0);
+    assert_true(kvs_turn_log_integrity(&log, NULL, 0) == 1.0);
 }
 
 /* ---- the paper's script, replayed: 5,600 tokens prefilled, trigger 4,800 (section 1.6) ---- */

@@ -82,8 +82,9 @@ static double relative_distance(const float *a, const float *b)
 {
     double most = 0, scale = 0;
     for (int i = 0; i < VOCAB; i++) {
-        most = fmax(most, fabs((double)a[i] - (double)b[i]));
-        scale = fmax(scale, fabs((double)b[i]));
+        const double off = fabs((double)a[i] - (double)b[i]), size = fabs((double)b[i]);
+        most = off > most ? off : most; /* two fmax here make gcc 12.2 for aarch64 stop with an internal error */
+        scale = size > scale ? size : scale;
     }
     return most / scale;
 }
