@@ -7,7 +7,7 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { SCORE_RANGE_SLOTS = 512, OUTPUT_DIMS = 32, GROUP = REFERENCE_HEADS / REFERENCE_KV_HEADS };
+enum { SCORE_RANGE_SLOTS = 512, OUTPUT_DIMS_MIN = 16, GROUP = REFERENCE_HEADS / REFERENCE_KV_HEADS };
 
 static const struct variant {
     const char *name;
@@ -179,22 +179,40 @@ static void scores_task(void *ctx, uint32_t task, uint32_t thread)
                          own.m_part + ((size_t)range * REFERENCE_KV_HEADS + head) * GROUP);
 }
 
+/* Heads that one thread sums up whole, and into how many parts the dims of each of the others are cut. */
+static uint32_t n_whole_heads(void)
+{
+    return REFERENCE_KV_HEADS - REFERENCE_KV_HEADS % kvs_pool_n_threads(own.pool);
+}
+
+static uint32_t n_parts(void)
+{
+    const uint32_t n_threads = kvs_pool_n_threads(own.pool), n_rest = REFERENCE_KV_HEADS - n_whole_heads();
+    const uint32_t common = n_rest != 0 && n_threads % n_rest == 0 ? n_rest : 1; /* of at most three heads */
+    return kvs_min_u32(REFERENCE_HEAD_DIM / OUTPUT_DIMS_MIN, n_threads / common);
+}
+
 static void output_task(void *ctx, uint32_t task, uint32_t thread)
 {
     (void)ctx;
-    const uint32_t n_parts = REFERENCE_HEAD_DIM / OUTPUT_DIMS, head = task / n_parts;
-    const uint32_t begin = task % n_parts * OUTPUT_DIMS;
+    const bool whole = task < n_whole_heads();
+    const uint32_t cut = whole ? 0 : task - n_whole_heads();
+    const uint32_t head = whole ? task : n_whole_heads() + cut / n_parts(), part = whole ? 0 : cut % n_parts();
+    const uint32_t each = (REFERENCE_HEAD_DIM / OUTPUT_DIMS_MIN + n_parts() - 1) / n_parts() * OUTPUT_DIMS_MIN;
+    const uint32_t dims = whole ? REFERENCE_HEAD_DIM : each, begin = part * dims;
+    if (begin >= REFERENCE_HEAD_DIM)
+        return;
     const kvs_attn_job job = make_job(head, 0);
     float m[GROUP];
     for (uint32_t g = 0; g < GROUP; g++) {
         m[g] = own.m_part[(size_t)head * GROUP + g];
         for (uint32_t r = 1; r < n_ranges(); r++) {
-            const float part = own.m_part[((size_t)r * REFERENCE_KV_HEADS + head) * GROUP + g];
-            m[g] = part > m[g] ? part : m[g];
+            const float top = own.m_part[((size_t)r * REFERENCE_KV_HEADS + head) * GROUP + g];
+            m[g] = top > m[g] ? top : m[g];
         }
     }
     own.k->attend_output(&job, own.scores + (size_t)head * GROUP * own.score_stride, own.score_stride, m, begin,
-                         begin + OUTPUT_DIMS, own.thread_scratch[thread]);
+                         kvs_min_u32(REFERENCE_HEAD_DIM, begin + dims), own.thread_scratch[thread]);
 }
 
 /* One row is shared out as src/session/attend.c does it. */
@@ -205,7 +223,8 @@ static void attention_run(void)
     for (own.layer = 0; own.layer < own.attention.n_layers; own.layer++) {
         if (own.attention.n_rows == 1 && REFERENCE_KV_HEADS % kvs_pool_n_threads(own.pool) != 0) {
             kvs_pool_run(own.pool, scores_task, NULL, REFERENCE_KV_HEADS * n_ranges());
-            kvs_pool_run(own.pool, output_task, NULL, REFERENCE_KV_HEADS * (REFERENCE_HEAD_DIM / OUTPUT_DIMS));
+            kvs_pool_run(own.pool, output_task, NULL,
+                         n_whole_heads() + (REFERENCE_KV_HEADS - n_whole_heads()) * n_parts());
         } else {
             kvs_pool_run(own.pool, attend_task, NULL,
                          REFERENCE_KV_HEADS * ((own.attention.n_rows + KVS_ATTN_ROWS_MAX - 1) / KVS_ATTN_ROWS_MAX));
