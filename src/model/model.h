@@ -36,8 +36,9 @@ struct kvs_model {
     float *rope_rows; /* [rope.n_pos][2][n_freq]; built for info.window_tokens at open */
     kvs_rope_table rope;
     bool rope_like_ggml;
-    kvs_weight embd; /* [vocab][n_embd], for kvs_weight_row */
-    kvs_weight head; /* [vocab][n_embd]; shares packed with embd when tied */
+    kvs_weight embd;      /* [vocab][n_embd], for kvs_weight_row */
+    kvs_weight head;      /* [vocab][n_embd]; shares packed with embd when tied */
+    void *packed_weights; /* the block that every packed form stands in */
     const float *out_norm;
     kvs_layer *layers;      /* [n_layers] */
     kvs_layer_parts *parts; /* [n_layers] */

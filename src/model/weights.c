@@ -82,10 +82,6 @@ static kvs_status add_weight(plan *p, kvs_weight *w, const kvs_gguf_tensor *cons
     if (!pack)
         return KVS_OK;
     w->packed_bytes = kvs_weight_packed_bytes(w->type, w->n_out, w->n_in);
-    w->packed = kvs_alloc(p->m->allocator, w->packed_bytes, 1);
-    if (w->packed == NULL)
-        return kvs_error_set(err, KVS_ENOMEM, "%s: no memory for %zu bytes of packed weights", p->g->path,
-                             w->packed_bytes);
     p->m->info.packed_bytes += w->packed_bytes;
     pack_job *job = &p->jobs[p->n_jobs++];
     job->w = w;
@@ -161,11 +157,31 @@ static kvs_status add_all(plan *p, const kvs_gguf_tensor *const *bound, kvs_erro
     KVS_TRY(add_weight(p, &m->embd, &embd, 1, head == NULL, err));
     if (head != NULL)
         KVS_TRY(add_weight(p, &m->head, &head, 1, true, err));
-    else
-        m->head = m->embd;
     m->out_norm = bound[KVS_TENSOR_OUT_NORM]->data;
     for (uint32_t layer = 0; layer < m->info.n_layers; layer++)
         KVS_TRY(add_layer(p, layer, bound + (size_t)layer * KVS_TENSOR_COUNT, err));
+    return KVS_OK;
+}
+
+/* All packed weights stand in one block, in the order a token reads them: large enough for huge pages, one stream for the
+ * prefetchers. Measured on the Q4_1 layers of SmolLM2-135M, one row and thread: 40 to 43 GFLOP/s, and 34 to 35 with a
+ * block for each matrix. */
+static kvs_status place_all(plan *p, kvs_error *err)
+{
+    kvs_model *m = p->m;
+    size_t total = 0;
+    for (uint32_t i = 0; i < p->n_jobs; i++)
+        total += kvs_round_up(p->jobs[i].w->packed_bytes, KVS_ALIGN);
+    m->packed_weights = kvs_alloc(m->allocator, total, 1);
+    if (m->packed_weights == NULL)
+        return kvs_error_set(err, KVS_ENOMEM, "%s: no memory for %zu bytes of packed weights", p->g->path, total);
+    uint8_t *at = m->packed_weights;
+    for (uint32_t i = 0; i < p->n_jobs; i++) {
+        p->jobs[i].w->packed = at;
+        at += kvs_round_up(p->jobs[i].w->packed_bytes, KVS_ALIGN);
+    }
+    if (m->head.n_out == 0) /* tied */
+        m->head = m->embd;
     return KVS_OK;
 }
 
@@ -180,7 +196,9 @@ kvs_status kvs_weights_load(kvs_model *m, const kvs_gguf *g, const kvs_gguf_tens
         kvs_free(m->allocator, p.jobs);
         return kvs_error_set(err, KVS_ENOMEM, "%s: no memory for %u layers", g->path, m->info.n_layers);
     }
-    const kvs_status status = add_all(&p, bound, err);
+    kvs_status status = add_all(&p, bound, err);
+    if (status == KVS_OK)
+        status = place_all(&p, err);
     if (status == KVS_OK) {
         kvs_pool_run(m->pool, pack_task, &p, p.n_tasks);
         /* The originals of packed rows are not read again; norms and unpacked rows come back from the page cache. */
@@ -192,22 +210,7 @@ kvs_status kvs_weights_load(kvs_model *m, const kvs_gguf *g, const kvs_gguf_tens
 
 void kvs_weights_free(kvs_model *m)
 {
-    const kvs_allocator *a = m->allocator;
-    if (m->head.packed != m->embd.packed)
-        kvs_free(a, m->head.packed);
-    kvs_free(a, m->embd.packed);
-    for (uint32_t i = 0; m->layers != NULL && i < m->info.n_layers; i++) {
-        kvs_layer *l = &m->layers[i];
-        kvs_weight *const all[] = {&l->qkv, &l->attn_out, &l->gate_up, &l->ffn_down};
-        for (size_t k = 0; k < sizeof all / sizeof *all; k++)
-            kvs_free(a, all[k]->packed);
-    }
-    for (uint32_t i = 0; m->parts != NULL && i < m->info.n_layers; i++) {
-        kvs_layer_parts *s = &m->parts[i];
-        kvs_weight *const all[] = {&s->q, &s->k, &s->v, &s->gate, &s->up};
-        for (size_t k = 0; k < sizeof all / sizeof *all; k++)
-            kvs_free(a, all[k]->packed);
-    }
-    kvs_free(a, m->layers);
-    kvs_free(a, m->parts);
+    kvs_free(m->allocator, m->packed_weights);
+    kvs_free(m->allocator, m->layers);
+    kvs_free(m->allocator, m->parts);
 }

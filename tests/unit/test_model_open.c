@@ -702,7 +702,7 @@ static void test_each_failed_allocation_is_an_error_without_a_leak(void **state)
         assert_int_equal(f.live, 0);
     }
     assert_int_equal(status, KVS_OK);
-    assert_true(n > 20);
+    assert_true(n > 6);
     unlink(path);
 }
 
