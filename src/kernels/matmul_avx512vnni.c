@@ -83,10 +83,12 @@ ALWAYS_INLINE void native_block_rows(const kvs_weight_type type, const unsigned 
             }
         }
 #pragma GCC unroll 4
-    for (unsigned i = 0; i < n_panels; i++)
+    for (unsigned i = 0; i < n_panels; i++) {
+        float *const to = y + (size_t)i * KVS_PANEL;
 #pragma GCC unroll 8
         for (unsigned r = 0; r < n_rows; r++)
-            _mm512_storeu_ps(y + r * y_stride + (size_t)i * KVS_PANEL, acc[i * n_rows + r]);
+            _mm512_storeu_ps(to + r * y_stride, acc[i * n_rows + r]);
+    }
 }
 
 /* step panels at a time, the rest one by one. */
