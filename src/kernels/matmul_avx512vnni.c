@@ -82,6 +82,7 @@ ALWAYS_INLINE void native_block_rows(const kvs_weight_type type, const unsigned 
                     *s = _mm512_fmadd_ps(mv, _mm512_set1_ps(tile->s[r]), *s);
             }
         }
+        /* NOLINTNEXTLINE(readability-misleading-indentation): a pragma stands at the margin */
 #pragma GCC unroll 4
     for (unsigned i = 0; i < n_panels; i++) {
         float *const to = y + (size_t)i * KVS_PANEL;
