@@ -334,6 +334,38 @@ static void a_fork_onto_a_smaller_budget_evicts_and_the_parent_goes_on(void **st
     }
 }
 
+/* A fork must not come out over its budget because a system prompt cannot be evicted down to it. */
+static void a_fork_whose_budget_is_below_the_system_prompt_is_refused(void **state)
+{
+    (void)state;
+    kvs_session_options o;
+    kvs_session_options_default(&o);
+    o.policy = "streaming";
+    o.budget_tokens = 300;
+    kvs_session *s = create(&o), *fork = NULL;
+    int32_t tokens[200];
+    uint8_t flags[200];
+    kvs_rng rng = {9};
+    for (int i = 0; i < 200; i++) {
+        tokens[i] = random_token(&rng);
+        flags[i] = i < 120 ? KVS_TOKEN_SYSTEM : KVS_TOKEN_USER;
+    }
+    assert_int_equal(kvs_session_extend(s, tokens, flags, 200, NULL, NULL), KVS_OK);
+    for (uint32_t budget = 20; budget < 200; budget++) {
+        o.budget_tokens = budget;
+        kvs_error err = {0};
+        const kvs_status status = kvs_session_fork(s, &o, &fork, &err);
+        assert_int_equal(status, budget < 120 ? KVS_EBUDGET : KVS_OK);
+        assert_true(status != KVS_OK || fork != NULL);
+        if (status == KVS_OK)
+            check_usage(fork);
+        kvs_session_free(&fork);
+    }
+    check_usage(s);
+    assert_int_equal(kvs_session_extend(s, tokens, NULL, 200, NULL, NULL), KVS_OK);
+    kvs_session_free(&s);
+}
+
 /* ---- what the operating system sees ---- */
 
 /* Pages of the process from /proc/self/statm: which 0 is its address space, 1 what is resident. */
@@ -481,6 +513,7 @@ int main(void)
         cmocka_unit_test(a_full_baseline_keeps_what_fitted_and_goes_on_after_truncate),
         cmocka_unit_test(a_whole_prefill_over_the_budget_is_refused_before_it_begins),
         cmocka_unit_test(a_fork_onto_a_smaller_budget_evicts_and_the_parent_goes_on),
+        cmocka_unit_test(a_fork_whose_budget_is_below_the_system_prompt_is_refused),
         cmocka_unit_test(resident_memory_grows_by_what_usage_says),
         cmocka_unit_test(budget_and_stated_scratch_are_all_a_session_needs),
     };
