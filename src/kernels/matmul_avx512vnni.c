@@ -46,6 +46,16 @@ ALWAYS_INLINE void load_codes(const kvs_weight_type type, const uint8_t *codes, 
     }
 }
 
+/* One row is bound by memory, and the hardware prefetchers follow the codes and scales of two panels badly, above all
+ * where a panel ends. Short panels are fetched a pair ahead; of long ones that would be too early for the first-level
+ * cache, and only their codes are fetched. */
+ALWAYS_INLINE void prefetch(const void *at, size_t n_bytes)
+{
+#pragma GCC unroll 8
+    for (size_t i = 0; i < n_bytes; i += 64)
+        _mm_prefetch((const char *)at + i, _MM_HINT_T0);
+}
+
 ALWAYS_INLINE __m512 load_half(const uint16_t *h)
 {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)h));
@@ -59,6 +69,8 @@ ALWAYS_INLINE void native_block_rows(const kvs_weight_type type, const unsigned 
 {
     const uint32_t n_blocks = p->n_in / KVS_QBLOCK;
     const size_t stride_bytes = p->stride_bytes, m_offset = (size_t)n_blocks * KVS_PANEL;
+    const size_t block_bytes = kvs_panel_code_bytes(type) + (type == KVS_WEIGHT_Q4_1 ? 64 : 32);
+    const bool pair_ahead = n_panels * stride_bytes <= 12288;
     const uint16_t *d = kvs_panel_scales(p, panel);
     const uint8_t *codes = panel;
     __m512 acc[N_ACC];
@@ -72,6 +84,10 @@ ALWAYS_INLINE void native_block_rows(const kvs_weight_type type, const unsigned 
             const __m512 dv = load_half(di);
             const __m512 mv = type == KVS_WEIGHT_Q4_1 ? load_half(di + m_offset) : _mm512_setzero_ps();
             __m512i w[8];
+            if (n_rows == 1 && pair_ahead)
+                prefetch(panel + (n_panels + i) * stride_bytes + b * block_bytes, block_bytes);
+            else if (n_rows == 1)
+                prefetch(codes + i * stride_bytes + 2048, kvs_panel_code_bytes(type));
             load_codes(type, codes + i * stride_bytes, w);
 #pragma GCC unroll 8
             for (unsigned r = 0; r < n_rows; r++) {
