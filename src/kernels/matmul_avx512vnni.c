@@ -15,35 +15,32 @@ ALWAYS_INLINE __m512i broadcast_codes(const int8_t *q, unsigned j)
     return _mm512_set1_epi32(word);
 }
 
-/* Exact dot products of one block for one row. Q4: w[0..3] low nibbles, w[4..7] high ones still times 16, which the
- * shift at the end takes out exactly. Q8_0: w[0..7] bytes. offset: what the codes are above the weights. */
-ALWAYS_INLINE __m512i block_dot(const kvs_weight_type type, const __m512i *w, const struct kvs_act_block *a,
-                                const unsigned r)
+/* Exact dot products of one block of one panel: code words outside, rows inside, so that the rows' chains hide each
+ * other's latency. Few rows get two chains each instead. */
+ALWAYS_INLINE void block_dots(const kvs_weight_type type, const unsigned n_rows, const uint8_t *codes,
+                              const struct kvs_act_block *a, __m512i *sums)
 {
-    __m512i lo = _mm512_setzero_si512(), hi = _mm512_setzero_si512();
-    if (type != KVS_WEIGHT_Q4_1)
-        lo = _mm512_set1_epi32((type == KVS_WEIGHT_Q8_0 ? -128 : -8) * a->sum[r]);
-#pragma GCC unroll 4
-    for (unsigned j = 0; j < 4; j++) {
-        lo = _mm512_dpbusd_epi32(lo, w[j], broadcast_codes(a->q[r], j));
-        hi = _mm512_dpbusd_epi32(hi, w[j + 4], broadcast_codes(a->q[r], j + 4));
-    }
-    return _mm512_add_epi32(lo, type == KVS_WEIGHT_Q8_0 ? hi : _mm512_srai_epi32(hi, 4));
-}
-
-ALWAYS_INLINE void load_codes(const kvs_weight_type type, const uint8_t *codes, __m512i *w)
-{
-#pragma GCC unroll 4
-    for (unsigned j = 0; j < 4; j++) {
-        const __m512i v = _mm512_load_si512(codes + (size_t)j * 64);
-        if (type == KVS_WEIGHT_Q8_0) {
-            w[j] = v;
-            w[j + 4] = _mm512_load_si512(codes + (size_t)(j + 4) * 64);
-        } else {
-            w[j] = _mm512_and_si512(v, _mm512_set1_epi8(15));
-            w[j + 4] = _mm512_and_si512(v, _mm512_set1_epi8((char)0xf0));
+    const int32_t above = type == KVS_WEIGHT_Q8_0 ? 128 : type == KVS_WEIGHT_Q4_0 ? 8 : 0; /* codes over weights */
+    const __m512i low = _mm512_set1_epi8(15);
+    __m512i odd[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+#pragma GCC unroll 8
+    for (unsigned r = 0; r < n_rows; r++)
+        sums[r] = above == 0 ? _mm512_setzero_si512() : _mm512_set1_epi32(-above * a->sum[r]);
+#pragma GCC unroll 8
+    for (unsigned i = 0; i < 8; i++) {
+        const unsigned j = type == KVS_WEIGHT_Q8_0 ? i : i / 2 + i % 2 * 4; /* elements 4j .. 4j + 3 */
+        __m512i w = _mm512_load_si512(codes + (size_t)(type == KVS_WEIGHT_Q8_0 ? j : j % 4) * 64);
+        if (type != KVS_WEIGHT_Q8_0)
+            w = _mm512_and_si512(j < 4 ? w : _mm512_srli_epi16(w, 4), low);
+#pragma GCC unroll 8
+        for (unsigned r = 0; r < n_rows; r++) {
+            __m512i *const sum = n_rows > 2 || i % 2 == 0 ? &sums[r] : &odd[r];
+            *sum = _mm512_dpbusd_epi32(*sum, w, broadcast_codes(a->q[r], j));
         }
     }
+#pragma GCC unroll 2
+    for (unsigned r = 0; n_rows <= 2 && r < n_rows; r++)
+        sums[r] = _mm512_add_epi32(sums[r], odd[r]);
 }
 
 /* One row is bound by memory, and the hardware prefetchers follow the codes and scales of two panels badly, above all
@@ -83,15 +80,15 @@ ALWAYS_INLINE void native_block_rows(const kvs_weight_type type, const unsigned 
             const uint16_t *di = d + i * (stride_bytes / sizeof *d);
             const __m512 dv = load_half(di);
             const __m512 mv = type == KVS_WEIGHT_Q4_1 ? load_half(di + m_offset) : _mm512_setzero_ps();
-            __m512i w[8];
+            __m512i sums[N_ACC];
             if (n_rows == 1 && pair_ahead)
                 prefetch(panel + (n_panels + i) * stride_bytes + b * block_bytes, block_bytes);
             else if (n_rows == 1)
                 prefetch(codes + i * stride_bytes + 2048, kvs_panel_code_bytes(type));
-            load_codes(type, codes + i * stride_bytes, w);
+            block_dots(type, n_rows, codes + i * stride_bytes, tile, sums);
 #pragma GCC unroll 8
             for (unsigned r = 0; r < n_rows; r++) {
-                const __m512 sum = _mm512_cvtepi32_ps(block_dot(type, w, tile, r));
+                const __m512 sum = _mm512_cvtepi32_ps(sums[r]);
                 __m512 *s = &acc[i * n_rows + r];
                 *s = _mm512_fmadd_ps(_mm512_mul_ps(dv, _mm512_set1_ps(tile->d[r])), sum, *s);
                 if (type == KVS_WEIGHT_Q4_1)
