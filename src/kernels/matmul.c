@@ -193,13 +193,21 @@ static void other_pair_weights(const struct job *j, uint32_t panel, float *buffe
     w[1] = buffer + (size_t)n_in * KVS_PANEL;
 }
 
+/* The last K-block writes straight to y where the tile is whole there. y: the pair's first output. */
 static void tiles_step(const struct job *j, const struct share *s, const float *const *w, uint32_t k_begin,
-                       uint32_t n_k, float *acc)
+                       uint32_t n_k, uint32_t n_outs, float *acc, float *y)
 {
     const uint32_t row_tile = j->kernels->row_tile;
+    const bool last = k_begin + n_k == j->w->n_in;
     for (uint32_t t = s->tile_begin; t < s->tile_end; t++, acc += (size_t)row_tile * 2 * KVS_PANEL) {
         const float *x = (const float *)(void *)j->acts + ((size_t)t * j->w->n_in + k_begin) * row_tile;
-        j->kernels->f32_tile(w[0], w[1], x, n_k, kvs_min_u32(row_tile, j->n_rows - t * row_tile), acc);
+        const uint32_t n_rows = kvs_min_u32(row_tile, j->n_rows - t * row_tile);
+        float *const at = y + (size_t)t * row_tile * j->y_stride;
+        const bool direct = last && n_rows == row_tile && n_outs == 2 * KVS_PANEL;
+        j->kernels->f32_tile(w[0], w[1], x, n_k, n_rows, k_begin == 0 ? NULL : acc, direct ? at : acc,
+                             direct ? j->y_stride : 2 * KVS_PANEL);
+        if (last && !direct)
+            copy_rows(at, j->y_stride, acc, 2 * KVS_PANEL, n_rows, n_outs);
     }
 }
 
@@ -207,15 +215,15 @@ static void tiles_step(const struct job *j, const struct share *s, const float *
  * memory between K-blocks, which continues the same chain. */
 static void tile_pair(const struct job *j, const struct share *s, uint32_t panel, uint32_t n_panels, uint8_t *scratch)
 {
-    const uint32_t row_tile = j->kernels->row_tile, n_in = j->w->n_in, row0 = s->tile_begin * row_tile;
-    const uint32_t n_rows = kvs_min_u32(s->tile_end * row_tile, j->n_rows) - row0, n0 = panel * KVS_PANEL;
+    const uint32_t n_in = j->w->n_in, n0 = panel * KVS_PANEL;
+    const uint32_t n_outs = kvs_min_u32(n_panels * KVS_PANEL, j->w->n_out - n0);
+    float *const y = j->y + n0;
     const float *w[2];
     float *acc = (float *)(void *)scratch;
     float *buffer = acc + ((size_t)j->n_rows + KVS_F32_TILE_ROWS_MAX) * 2 * KVS_PANEL;
-    memset(acc, 0, (size_t)(s->tile_end - s->tile_begin) * row_tile * 2 * KVS_PANEL * sizeof *acc);
     if (j->w->type == KVS_WEIGHT_OTHER) {
         other_pair_weights(j, panel, buffer, buffer + (size_t)2 * n_in * KVS_PANEL, w);
-        tiles_step(j, s, w, 0, n_in, acc);
+        tiles_step(j, s, w, 0, n_in, n_outs, acc, y);
     } else {
         /* equal K-blocks in whole quantisation blocks */
         const uint32_t n_steps = div_up(n_in, K_BLOCK);
@@ -223,11 +231,9 @@ static void tile_pair(const struct job *j, const struct share *s, uint32_t panel
         for (uint32_t k = 0; k < n_in; k += step) {
             const uint32_t n_k = kvs_min_u32(step, n_in - k);
             pair_weights(j, panel, n_panels, k, n_k, buffer, w);
-            tiles_step(j, s, w, k, n_k, acc);
+            tiles_step(j, s, w, k, n_k, n_outs, acc, y);
         }
     }
-    copy_rows(j->y + row0 * j->y_stride + n0, j->y_stride, acc, 2 * KVS_PANEL, n_rows,
-              kvs_min_u32(n_panels * KVS_PANEL, j->w->n_out - n0));
 }
 
 static void tile_task(void *ctx, uint32_t task, uint32_t thread)

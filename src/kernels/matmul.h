@@ -49,9 +49,11 @@ struct kvs_matmul_kernels {
                     size_t y_stride);
     /* Weights k_begin .. k_begin + n_k (multiples of 32) of the first panel: out [n_k][16] f32. Not for F32. */
     void (*widen)(const struct kvs_panels *p, uint32_t k_begin, uint32_t n_k, float *out);
-    /* Continues acc [row_tile][32] with w0, w1 [n_k][16] (outputs 0-15, 16-31) and x [n_k][row_tile]. Rows from
-     * n_rows on are padding: x holds zeros there and acc may be touched. */
-    void (*f32_tile)(const float *w0, const float *w1, const float *x, uint32_t n_k, uint32_t n_rows, float *acc);
+    /* Continues the sums `from` [row_tile][32] (NULL: zeros) with w0, w1 [n_k][16] (outputs 0-15, 16-31) and x
+     * [n_k][row_tile] into to [row_tile][to_stride]. Rows from n_rows on are padding: x holds zeros there, and what is
+     * at `to` may be touched. */
+    void (*f32_tile)(const float *w0, const float *w1, const float *x, uint32_t n_k, uint32_t n_rows, const float *from,
+                     float *to, size_t to_stride);
     /* Quantises x [n_in] into row `row` of a tile of n_in / 32 blocks. */
     void (*quantise)(const float *x, uint32_t n_in, struct kvs_act_block *tile, uint32_t row);
     /* y[r][16 p + i] of all panels for the n_rows <= KVS_ACT_TILE rows of a tile. Not for F32. */
@@ -70,7 +72,7 @@ void kvs_matmul_f32_few_avx512(const struct kvs_panels *p, const float *x, size_
                                size_t y_stride);
 void kvs_matmul_widen_avx512(const struct kvs_panels *p, uint32_t k_begin, uint32_t n_k, float *out);
 void kvs_matmul_f32_tile_avx512(const float *w0, const float *w1, const float *x, uint32_t n_k, uint32_t n_rows,
-                                float *acc);
+                                const float *from, float *to, size_t to_stride);
 void kvs_matmul_quantise_avx2(const float *x, uint32_t n_in, struct kvs_act_block *tile, uint32_t row);
 
 /* Bytes of the codes of one block of a panel; of one panel. 0 for KVS_WEIGHT_OTHER. */

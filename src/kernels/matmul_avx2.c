@@ -170,12 +170,13 @@ static void widen(const struct kvs_panels *p, uint32_t k_begin, uint32_t n_k, fl
 }
 
 /* 2 vectors x 6 rows: 12 accumulators, 2 weights and an activation of 16 registers. */
-ALWAYS_INLINE void tile_panel(const int n_rows, const float *w, const float *x, uint32_t n_k, float *acc)
+ALWAYS_INLINE void tile_panel(const int n_rows, const float *w, const float *x, uint32_t n_k, const float *from,
+                              float *to, size_t to_stride)
 {
     __m256 s[2 * ROW_TILE];
 #pragma GCC unroll 12
     for (int i = 0; i < 2 * n_rows; i++)
-        s[i] = _mm256_loadu_ps(acc + i / 2 * 2 * KVS_PANEL + i % 2 * LANES);
+        s[i] = from != NULL ? _mm256_loadu_ps(from + i / 2 * 2 * KVS_PANEL + i % 2 * LANES) : _mm256_setzero_ps();
     for (uint32_t k = 0; k < n_k; k++, w += KVS_PANEL, x += ROW_TILE) {
         const __m256 w0 = _mm256_load_ps(w), w1 = _mm256_load_ps(w + LANES);
 #pragma GCC unroll 6
@@ -187,20 +188,21 @@ ALWAYS_INLINE void tile_panel(const int n_rows, const float *w, const float *x, 
     }
 #pragma GCC unroll 12
     for (int i = 0; i < 2 * n_rows; i++)
-        _mm256_storeu_ps(acc + i / 2 * 2 * KVS_PANEL + i % 2 * LANES, s[i]);
+        _mm256_storeu_ps(to + (size_t)(i / 2) * to_stride + i % 2 * LANES, s[i]);
 }
 
-static void f32_tile(const float *w0, const float *w1, const float *x, uint32_t n_k, uint32_t n_rows, float *acc)
+static void f32_tile(const float *w0, const float *w1, const float *x, uint32_t n_k, uint32_t n_rows, const float *from,
+                     float *to, size_t to_stride)
 {
     const float *w[2] = {w0, w1};
     for (uint32_t i = 0; i < 2; i++) {
-        float *a = acc + i * KVS_PANEL;
+        const float *const at = from != NULL ? from + i * KVS_PANEL : NULL;
         if (n_rows <= 2)
-            tile_panel(2, w[i], x, n_k, a);
+            tile_panel(2, w[i], x, n_k, at, to + i * KVS_PANEL, to_stride);
         else if (n_rows <= 4)
-            tile_panel(4, w[i], x, n_k, a);
+            tile_panel(4, w[i], x, n_k, at, to + i * KVS_PANEL, to_stride);
         else
-            tile_panel(ROW_TILE, w[i], x, n_k, a);
+            tile_panel(ROW_TILE, w[i], x, n_k, at, to + i * KVS_PANEL, to_stride);
     }
 }
 

@@ -172,12 +172,12 @@ void kvs_matmul_widen_avx512(const struct kvs_panels *p, uint32_t k_begin, uint3
 
 /* 2 vectors x 12 rows: 24 accumulators, 2 weights and an activation of 32 registers. */
 ALWAYS_INLINE void tile_rows(const int n_rows, const float *w0, const float *w1, const float *x, uint32_t n_k,
-                             float *acc)
+                             const float *from, float *to, size_t to_stride)
 {
     __m512 s[2 * ROW_TILE];
 #pragma GCC unroll 24
     for (int i = 0; i < 2 * n_rows; i++)
-        s[i] = _mm512_loadu_ps(acc + i * KVS_PANEL);
+        s[i] = from != NULL ? _mm512_loadu_ps(from + i * KVS_PANEL) : _mm512_setzero_ps();
     for (uint32_t k = 0; k < n_k; k++, w0 += KVS_PANEL, w1 += KVS_PANEL, x += ROW_TILE) {
         const __m512 a0 = _mm512_load_ps(w0), a1 = _mm512_load_ps(w1);
 #pragma GCC unroll 12
@@ -189,18 +189,18 @@ ALWAYS_INLINE void tile_rows(const int n_rows, const float *w0, const float *w1,
     }
 #pragma GCC unroll 24
     for (int i = 0; i < 2 * n_rows; i++)
-        _mm512_storeu_ps(acc + i * KVS_PANEL, s[i]);
+        _mm512_storeu_ps(to + (size_t)(i / 2) * to_stride + i % 2 * KVS_PANEL, s[i]);
 }
 
 void kvs_matmul_f32_tile_avx512(const float *w0, const float *w1, const float *x, uint32_t n_k, uint32_t n_rows,
-                                float *acc)
+                                const float *from, float *to, size_t to_stride)
 {
     if (n_rows <= 4)
-        tile_rows(4, w0, w1, x, n_k, acc);
+        tile_rows(4, w0, w1, x, n_k, from, to, to_stride);
     else if (n_rows <= 8)
-        tile_rows(8, w0, w1, x, n_k, acc);
+        tile_rows(8, w0, w1, x, n_k, from, to, to_stride);
     else
-        tile_rows(ROW_TILE, w0, w1, x, n_k, acc);
+        tile_rows(ROW_TILE, w0, w1, x, n_k, from, to, to_stride);
 }
 
 ALWAYS_INLINE __m512i broadcast_codes(const int8_t *q, uint32_t j)

@@ -189,14 +189,15 @@ void kvs_matmul_widen_neon(const struct kvs_panels *p, uint32_t k_begin, uint32_
 }
 
 /* 4 vectors x 6 rows: 24 accumulators, 4 weights and 2 vectors of activations of 32 registers. */
-ALWAYS_INLINE void tile_panel(const int n_rows, const float *w, const float *x, uint32_t n_k, float *acc)
+ALWAYS_INLINE void tile_panel(const int n_rows, const float *w, const float *x, uint32_t n_k, const float *from,
+                              float *to, size_t to_stride)
 {
     float32x4_t s[ROW_TILE][4];
 #pragma GCC unroll 6
     for (int r = 0; r < n_rows; r++)
 #pragma GCC unroll 4
         for (int q = 0; q < 4; q++)
-            s[r][q] = vld1q_f32(acc + r * 2 * KVS_PANEL + q * 4);
+            s[r][q] = from != NULL ? vld1q_f32(from + r * 2 * KVS_PANEL + q * 4) : vdupq_n_f32(0.0f);
     for (uint32_t k = 0; k < n_k; k++, w += KVS_PANEL, x += ROW_TILE) {
         const float32x4_t x0 = vld1q_f32(x);
         const float32x2_t x4 = vld1_f32(x + 4);
@@ -219,21 +220,21 @@ ALWAYS_INLINE void tile_panel(const int n_rows, const float *w, const float *x, 
     for (int r = 0; r < n_rows; r++)
 #pragma GCC unroll 4
         for (int q = 0; q < 4; q++)
-            vst1q_f32(acc + r * 2 * KVS_PANEL + q * 4, s[r][q]);
+            vst1q_f32(to + (size_t)r * to_stride + q * 4, s[r][q]);
 }
 
 void kvs_matmul_f32_tile_neon(const float *w0, const float *w1, const float *x, uint32_t n_k, uint32_t n_rows,
-                              float *acc)
+                              const float *from, float *to, size_t to_stride)
 {
     const float *w[2] = {w0, w1};
     for (uint32_t i = 0; i < 2; i++) {
-        float *a = acc + i * KVS_PANEL;
+        const float *const at = from != NULL ? from + i * KVS_PANEL : NULL;
         if (n_rows <= 2)
-            tile_panel(2, w[i], x, n_k, a);
+            tile_panel(2, w[i], x, n_k, at, to + i * KVS_PANEL, to_stride);
         else if (n_rows <= 4)
-            tile_panel(4, w[i], x, n_k, a);
+            tile_panel(4, w[i], x, n_k, at, to + i * KVS_PANEL, to_stride);
         else
-            tile_panel(ROW_TILE, w[i], x, n_k, a);
+            tile_panel(ROW_TILE, w[i], x, n_k, at, to + i * KVS_PANEL, to_stride);
     }
 }
 

@@ -10,7 +10,7 @@ void kvs_matmul_f32_few_neon(const struct kvs_panels *p, const float *x, size_t 
                              size_t y_stride);
 void kvs_matmul_widen_neon(const struct kvs_panels *p, uint32_t k_begin, uint32_t n_k, float *out);
 void kvs_matmul_f32_tile_neon(const float *w0, const float *w1, const float *x, uint32_t n_k, uint32_t n_rows,
-                              float *acc);
+                              const float *from, float *to, size_t to_stride);
 void kvs_matmul_quantise_neon(const float *x, uint32_t n_in, struct kvs_act_block *tile, uint32_t row);
 
 static inline float32x4_t kvs_neon_halves(const uint16_t *h)

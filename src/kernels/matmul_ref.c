@@ -66,15 +66,21 @@ static void f32_few(const struct kvs_panels *p, const float *x, size_t x_stride,
     }
 }
 
-static void f32_tile(const float *w0, const float *w1, const float *x, uint32_t n_k, uint32_t n_rows, float *acc)
+static void f32_tile(const float *w0, const float *w1, const float *x, uint32_t n_k, uint32_t n_rows, const float *from,
+                     float *to, size_t to_stride)
 {
-    for (uint32_t r = 0; r < n_rows; r++, acc += 2 * KVS_PANEL)
+    for (uint32_t r = 0; r < n_rows; r++, to += to_stride) {
+        float acc[2 * KVS_PANEL] = {0};
+        if (from != NULL)
+            memcpy(acc, from + (size_t)r * 2 * KVS_PANEL, sizeof acc);
         for (uint32_t k = 0; k < n_k; k++)
             for (uint32_t i = 0; i < KVS_PANEL; i++) {
                 const float a = x[k * ROW_TILE + r];
                 acc[i] = fmaf(w0[(size_t)k * KVS_PANEL + i], a, acc[i]);
                 acc[KVS_PANEL + i] = fmaf(w1[(size_t)k * KVS_PANEL + i], a, acc[KVS_PANEL + i]);
             }
+        memcpy(to, acc, sizeof acc);
+    }
 }
 
 /* Nearest even; what no int8 can hold (only from inf or NaN) is -128, as packing with saturation leaves it. */
