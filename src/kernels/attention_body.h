@@ -377,14 +377,17 @@ INLINE void add_chains(const kvs_attn_scratch *sc, uint32_t j, uint32_t begin, u
         sc->l[j + (uint32_t)i] = sum[i];
 }
 
-/* Weights of slots [begin, end) of a page, and their sums. */
+/* Weights of slots [begin, end) of a page, and their sums. record: NULL, or where the page's weights are left behind. */
 static void weights(const kvs_attn_scratch *sc, const float *scores, size_t score_stride, uint32_t n_query,
-                    uint32_t begin, uint32_t end)
+                    uint32_t begin, uint32_t end, float *record, size_t record_stride)
 {
     for (uint32_t j = 0; j < n_query; j++)
-        for (uint32_t s = begin; s < end; s += VF_LANES)
-            vf_store(sc->p + (size_t)j * KVS_PAGE_SLOTS + s,
-                     vf_exp(vf_sub(vf_load(scores + j * score_stride + s), vf_set1(sc->sub[j]))));
+        for (uint32_t s = begin; s < end; s += VF_LANES) {
+            const vf p = vf_exp(vf_sub(vf_load(scores + j * score_stride + s), vf_set1(sc->sub[j])));
+            vf_store(sc->p + (size_t)j * KVS_PAGE_SLOTS + s, p);
+            if (record)
+                vf_store(record + j * record_stride + s, p);
+        }
     for (uint32_t j = 0; j < n_query; j += CHAINS)
         switch (n_query - j) {
         case 1: add_chains(sc, j, begin, end, 1); break;
@@ -446,6 +449,7 @@ static void attend_output(const kvs_attn_job *job, const float *scores, size_t s
 {
     const kvs_attn_scratch sc = kvs_attn_scratch_split(job, scratch);
     const uint32_t n_query = job->n_rows * job->group, n_slots = kvs_attn_n_slots(job);
+    float *const record = dim_begin == 0 ? job->weights : NULL;
     memset(sc.acc, 0, n_query * sc.dim_stride * sizeof *sc.acc);
     memset(sc.l, 0, n_query * sizeof *sc.l);
     for (uint32_t j = 0; j < n_query; j++)
@@ -458,7 +462,8 @@ static void attend_output(const kvs_attn_job *job, const float *scores, size_t s
             if (!run)
                 continue;
             const uint32_t begin = t * KVS_TILE_SLOTS, end = begin + run * KVS_TILE_SLOTS;
-            weights(&sc, scores + (size_t)page * KVS_PAGE_SLOTS, score_stride, n_query, begin, end);
+            weights(&sc, scores + (size_t)page * KVS_PAGE_SLOTS, score_stride, n_query, begin, end,
+                    record ? record + (size_t)page * KVS_PAGE_SLOTS : NULL, job->weights_stride);
             output_run(job, &sc, page, begin, end, dim_begin, dim_end);
         }
     }
@@ -476,47 +481,63 @@ static void attend(const kvs_attn_job *job, void *scratch)
 
 /* ---- tap ---- */
 
-/* One vector of slots, all rows ascending. n_left: slots from here on that exist; the page's arrays are whole, so only
- * what is written back must be cut. */
-static void tap_slots(const kvs_attn_job *job, const kvs_attn_tap *tap, const kvs_attn_scratch *sc, uint32_t slot,
-                      uint32_t n_left)
+/* One tile of slots, all rows ascending. inv: 1 / l of each query. What tap lacks is known where this is called. */
+INLINE void tap_tile(const kvs_attn_job *job, const kvs_attn_tap *tap, const float *inv, uint32_t page, uint32_t first,
+                     uint32_t live, const bool sums, const bool emas, const bool maxima)
 {
-    const uint32_t page = slot / KVS_PAGE_SLOTS, s = slot % KVS_PAGE_SLOTS;
     const vf zero = vf_set1(0.0f), keep = vf_set1(1.0f - tap->ema_decay), decay = vf_set1(tap->ema_decay);
-    vf sum = tap->sum ? vf_load(tap->sum[page] + s) : zero, ema = tap->ema ? vf_load(tap->ema[page] + s) : zero;
-    vf max = tap->max ? vf_load(tap->max[page] + s) : zero;
-    const vf old_sum = sum, old_ema = ema, old_max = max;
-    for (uint32_t row = 0; row < job->n_rows; row++) {
-        vf a = zero;
-        for (uint32_t j = row * job->group; j < (row + 1) * job->group; j++) {
-            const vf x = vf_sub(vf_load(sc->scores + j * sc->score_stride + slot), vf_set1(sc->sub[j]));
-            const vf p = vf_mul(vf_exp(x), vf_set1(sc->l[j]));
-            a = vf_add(a, p);
-            max = vf_max(p, max);
-        }
-        sum = vf_add(sum, a);
-        ema = vf_fma(keep, ema, vf_mul(decay, a));
+    vf sum[TILE_VECS], ema[TILE_VECS], max[TILE_VECS];
+    UNROLL for (int v = 0; v < TILE_VECS; v++) {
+        const uint32_t s = first + (uint32_t)v * VF_LANES;
+        sum[v] = sums ? vf_load(tap->sum[page] + s) : zero;
+        ema[v] = emas ? vf_load(tap->ema[page] + s) : zero;
+        max[v] = maxima ? vf_load(tap->max[page] + s) : zero;
     }
-    const vm exist = vm_from_bits(n_left >= VF_LANES ? UINT32_MAX : (1u << n_left) - 1);
-    if (tap->sum)
-        vf_store(tap->sum[page] + s, vf_select(exist, sum, old_sum));
-    if (tap->ema)
-        vf_store(tap->ema[page] + s, vf_select(exist, ema, old_ema));
-    if (tap->max)
-        vf_store(tap->max[page] + s, vf_select(exist, max, old_max));
+    const float *const w = job->weights + (size_t)page * KVS_PAGE_SLOTS + first;
+    for (uint32_t row = tap->row_begin; row < job->n_rows; row++) {
+        vf a[TILE_VECS];
+        UNROLL for (int v = 0; v < TILE_VECS; v++)
+            a[v] = zero;
+        for (uint32_t j = row * job->group; j < (row + 1) * job->group; j++)
+            UNROLL for (int v = 0; v < TILE_VECS; v++) {
+                const vf p = vf_mul(vf_load(w + j * job->weights_stride + v * VF_LANES), vf_set1(inv[j]));
+                a[v] = vf_add(a[v], p);
+                max[v] = maxima ? vf_max(p, max[v]) : zero;
+            }
+        UNROLL for (int v = 0; v < TILE_VECS; v++) {
+            sum[v] = vf_add(sum[v], a[v]);
+            ema[v] = emas ? vf_fma(keep, ema[v], vf_mul(decay, a[v])) : zero;
+        }
+    }
+    UNROLL for (int v = 0; v < TILE_VECS; v++) {
+        const uint32_t s = first + (uint32_t)v * VF_LANES;
+        const vm lives = vm_from_bits(live >> v * VF_LANES);
+        if (sums)
+            vf_store(tap->sum[page] + s, vf_select(lives, sum[v], vf_load(tap->sum[page] + s)));
+        if (emas)
+            vf_store(tap->ema[page] + s, vf_select(lives, ema[v], vf_load(tap->ema[page] + s)));
+        if (maxima)
+            vf_store(tap->max[page] + s, vf_select(lives, max[v], vf_load(tap->max[page] + s)));
+    }
 }
 
 static void attend_tap(const kvs_attn_job *job, const kvs_attn_tap *tap, void *scratch)
 {
     const kvs_attn_scratch sc = kvs_attn_scratch_split(job, scratch);
-    const uint32_t n_slots = kvs_attn_n_slots(job);
-    attend_scores(job, 0, n_slots, sc.scores, sc.score_stride, sc.m);
-    for (uint32_t j = 0; j < job->n_rows * job->group; j++) {
-        sc.sub[j] = kvs_max_or_zero(job->m[j]);
-        sc.l[j] = job->l[j] == 0.0f ? 0.0f : 1.0f / job->l[j];
+    float *const inv = sc.sub;
+    for (uint32_t j = tap->row_begin * job->group; j < job->n_rows * job->group; j++)
+        inv[j] = job->l[j] == 0.0f ? 0.0f : 1.0f / job->l[j];
+    const bool sum_only = tap->sum && !tap->ema && !tap->max;
+    for (uint32_t page = 0; page * KVS_PAGE_SLOTS < kvs_attn_n_slots(job); page++) {
+        const uint64_t live = kvs_attn_row_mask(job, page, job->n_rows - 1);
+        for (uint32_t first = 0; first < KVS_PAGE_SLOTS; first += KVS_TILE_SLOTS) {
+            const uint32_t lanes = (uint32_t)(live >> first) & 0xffffu;
+            if (lanes && sum_only)
+                tap_tile(job, tap, inv, page, first, lanes, true, false, false);
+            else if (lanes)
+                tap_tile(job, tap, inv, page, first, lanes, tap->sum, tap->ema, tap->max);
+        }
     }
-    for (uint32_t slot = 0; slot < n_slots; slot += VF_LANES)
-        tap_slots(job, tap, &sc, slot, n_slots - slot);
 }
 
 void VF_NAME(kvs_attention_fill)(kvs_kernels *k)

@@ -33,6 +33,13 @@ kvs_attn_scratch kvs_attn_scratch_split(const kvs_attn_job *job, void *scratch)
     return s;
 }
 
+void kvs_attn_weights_in_scratch(kvs_attn_job *job, void *scratch)
+{
+    const kvs_attn_scratch s = kvs_attn_scratch_split(job, scratch);
+    job->weights = s.scores;
+    job->weights_stride = s.score_stride;
+}
+
 /* The key as it stands now: widened, rotated by rope_pos - key_rot. */
 static void key_of(const kvs_attn_job *job, const kvs_page_view *page, uint32_t slot, float *key)
 {
@@ -95,6 +102,8 @@ static void attend_output_ref(const kvs_attn_job *job, const float *scores, size
         for (uint32_t j = 0; j < n_query; j++) {
             const float p = kvs_expf(scores[j * score_stride + slot] - kvs_max_or_zero(m[j]));
             float *const acc = sc.acc + j * sc.dim_stride;
+            if (job->weights && dim_begin == 0)
+                job->weights[j * job->weights_stride + slot] = p;
             sc.l[j] += p;
             for (uint32_t d = dim_begin; d < dim_end; d++)
                 acc[d] = fmaf(p, value[d], acc[d]);
@@ -119,15 +128,17 @@ static void attend_ref(const kvs_attn_job *job, void *scratch)
         memcpy(job->m, sc.m, (size_t)job->n_rows * job->group * sizeof *job->m);
 }
 
-static void tap_row_ref(const kvs_attn_job *job, const kvs_attn_tap *tap, const kvs_attn_scratch *sc, uint32_t row)
+static void tap_row_ref(const kvs_attn_job *job, const kvs_attn_tap *tap, uint32_t row)
 {
     const float keep = 1.0f - tap->ema_decay;
     for (uint32_t slot = 0; slot < kvs_attn_n_slots(job); slot++) {
         const uint32_t page = slot / KVS_PAGE_SLOTS, s = slot % KVS_PAGE_SLOTS;
+        if (!(kvs_attn_row_mask(job, page, job->n_rows - 1) >> s & 1u))
+            continue;
         float a = 0.0f;
         for (uint32_t j = row * job->group; j < (row + 1) * job->group; j++) {
             const float inv = job->l[j] == 0.0f ? 0.0f : 1.0f / job->l[j];
-            const float p = kvs_expf(sc->scores[j * sc->score_stride + slot] - kvs_max_or_zero(job->m[j])) * inv;
+            const float p = job->weights[j * job->weights_stride + slot] * inv;
             a += p;
             if (tap->max && p > tap->max[page][s])
                 tap->max[page][s] = p;
@@ -141,10 +152,9 @@ static void tap_row_ref(const kvs_attn_job *job, const kvs_attn_tap *tap, const 
 
 static void attend_tap_ref(const kvs_attn_job *job, const kvs_attn_tap *tap, void *scratch)
 {
-    const kvs_attn_scratch sc = kvs_attn_scratch_split(job, scratch);
-    attend_scores_ref(job, 0, kvs_attn_n_slots(job), sc.scores, sc.score_stride, sc.m);
-    for (uint32_t row = 0; row < job->n_rows; row++)
-        tap_row_ref(job, tap, &sc, row);
+    (void)scratch;
+    for (uint32_t row = tap->row_begin; row < job->n_rows; row++)
+        tap_row_ref(job, tap, row);
 }
 
 void kvs_attention_fill_ref(kvs_kernels *k)

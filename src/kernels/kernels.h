@@ -105,23 +105,32 @@ typedef struct kvs_attn_job {
     size_t q_stride;
     float *out; /* [n_rows][out_stride], same layout */
     size_t out_stride;
-    float *m, *l; /* [n_rows][group]: max score, sum of exp; NULL if no tap follows */
+    float *m, *l; /* [n_rows][group]: max score, sum of exp; each may be NULL */
+    /* NULL, or [n_rows * group][weights_stride], the stride a multiple of 16: p of each physical slot, not yet divided by
+     * l, as it is computed on the way to out; what stands at slots that no row attends to means nothing. May be the
+     * scores' own rows. Whoever asks what attention looked at reads it here: nothing is computed a second time, and
+     * with NULL nothing is stored. */
+    float *weights;
+    size_t weights_stride;
     const kvs_rope_table *rope;
 } kvs_attn_job;
 
 /* Rows one call takes at most, and the scratch bytes a thread needs for a cache of n_slots physical slots. */
 enum { KVS_ATTN_ROWS_MAX = 8 };
 size_t kvs_attn_scratch_bytes(uint32_t group, uint32_t head_dim, uint32_t n_slots);
+/* Where attend keeps its score rows in its scratch, which it needs no more once it has read them: room for job->weights
+ * until the scratch is used again. Sets job->weights and job->weights_stride. */
+void kvs_attn_weights_in_scratch(kvs_attn_job *job, void *scratch);
 
-/* Tap: per (row, query head) attention probability of each physical slot, recomputed from m and l, reduced over the
- * group and rows into columns; never alters the output path.
- *   p = kvs_expf(score - m) * (1 / l), summed over the group's heads ascending = a;  rows ascending:
+/* Tap: the weights of rows [row_begin, n_rows) as probabilities, reduced over the group and the rows into columns.
+ *   a = sum over the group's heads, ascending, of p = weight * (1 / l);  rows ascending:
  *   sum[slot] += a;  ema[slot] = fmaf(1 - decay, ema, decay * a) per row;  max[slot] = max(max, p of any head)
+ * Slots that the last row does not attend to stay as they are.
  * Arrays are [64] f32 per page, given as pointers per page; each pointer array may be NULL. */
 typedef struct kvs_attn_tap {
+    uint32_t row_begin;
     float *const *sum, *const *ema, *const *max; /* [n_pages] pointers to [64] */
     float ema_decay;
-    /* scratch: score rows as kvs_attn_scratch_bytes */
 } kvs_attn_tap;
 
 /* ---- the dispatch table ------------------------------------------------------------------------------------------ */
@@ -159,12 +168,13 @@ struct kvs_kernels {
      * (multiples of 64, or the end) into scores [n_rows * group][score_stride] f32, and each row's max over that
      * range into m_part [n_rows * group]; then the output for dims [dim_begin, dim_end) (multiples of 16 or the end)
      * with m [n_rows * group] the max over all ranges. Phase two exponentiates for itself and leaves scores intact;
-     * it writes job->l when dim_begin is 0. scratch as for attend. Results equal attend's bit for bit. */
+     * it writes job->l and job->weights when dim_begin is 0 (into the scores' own rows only where no other call reads
+     * them). scratch as for attend. Results equal attend's bit for bit. */
     void (*attend_scores)(const kvs_attn_job *job, uint32_t slot_begin, uint32_t slot_end, float *scores,
                           size_t score_stride, float *m_part);
     void (*attend_output)(const kvs_attn_job *job, const float *scores, size_t score_stride, const float *m,
                           uint32_t dim_begin, uint32_t dim_end, void *scratch);
-    /* After attend with m and l filled. */
+    /* After attend with l and weights; of scratch only what kvs_attn_weights_in_scratch does not give away is used. */
     void (*attend_tap)(const kvs_attn_job *job, const kvs_attn_tap *tap, void *scratch);
 
     /* Inner loops of the products; their own contract is in matmul.h. */

@@ -77,8 +77,7 @@ void kvs_forward_free(kvs_forward **forward)
         return;
     *forward = NULL;
     const kvs_allocator *a = f->model->allocator;
-    void *all[] = {f->x,      f->norm,           f->qkv,          f->att,  f->gate_up, f->act,
-                   f->logits, f->matmul_scratch, f->attn_scratch, f->tap_m};
+    void *all[] = {f->x, f->norm, f->qkv, f->att, f->gate_up, f->act, f->logits, f->matmul_scratch, f->attn_scratch};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         kvs_free(a, all[i]);
     pthread_mutex_destroy(&f->lock);
@@ -98,20 +97,6 @@ kvs_status kvs_forward_need_scratch(kvs_forward *f, size_t bytes_per_thread, kvs
     f->bytes += n_threads * (bytes_per_thread - f->attn_scratch_bytes);
     f->attn_scratch = grown;
     f->attn_scratch_bytes = bytes_per_thread;
-    return KVS_OK;
-}
-
-kvs_status kvs_forward_need_taps(kvs_forward *f, kvs_error *err)
-{
-    if (f->tap_m != NULL)
-        return KVS_OK;
-    const size_t n = (size_t)f->max_rows * f->model->info.n_heads;
-    float *both = kvs_alloc(f->model->allocator, 2 * n, sizeof(float));
-    if (both == NULL)
-        return kvs_error_set(err, KVS_ENOMEM, "no memory to record attention of %u rows", f->max_rows);
-    f->tap_m = both;
-    f->tap_l = both + n;
-    f->bytes += 2 * n * sizeof(float);
     return KVS_OK;
 }
 

@@ -26,8 +26,7 @@ typedef struct kvs_forward {
     void *matmul_scratch;
     void *attn_scratch; /* [n_threads + 1][attn_scratch_bytes]; grown when a session is created */
     size_t attn_scratch_bytes;
-    float *tap_m, *tap_l; /* [n_kv_heads][max_rows][group]: made when the first policy records attention */
-    uint64_t bytes;       /* all of the above */
+    uint64_t bytes; /* all of the above */
 } kvs_forward;
 
 /* ENOMEM leaves nothing behind. */
@@ -35,9 +34,6 @@ kvs_status kvs_forward_create(kvs_model *m, kvs_forward **out, kvs_error *err);
 void kvs_forward_free(kvs_forward **f);
 /* Makes attn_scratch at least bytes_per_thread; ENOMEM leaves it as it was. Under the lock: its content is lost. */
 kvs_status kvs_forward_need_scratch(kvs_forward *f, size_t bytes_per_thread, kvs_error *err);
-
-/* Makes tap_m and tap_l, under the lock; ENOMEM leaves them NULL. */
-kvs_status kvs_forward_need_taps(kvs_forward *f, kvs_error *err);
 
 /* Attention of one layer for all rows: reads q, k, v from f->qkv, stores keys and values where they belong, writes
  * f->att. */

@@ -3,6 +3,8 @@
 #include "session/session_internal.h"
 
 #include <math.h>
+#include <sched.h>
+#include <stdatomic.h>
 #include <string.h>
 
 enum {
@@ -18,10 +20,11 @@ typedef struct layer_task {
     const uint32_t *block_begin; /* prefix sums of blocks per (run, head) */
 } layer_task;
 
-/* Thread scratch: page views, side pointers, then what the kernels need. */
+/* Thread scratch: page views, side pointers, sums of weights, then what the kernels need. */
 typedef struct thread_scratch {
     kvs_page_view *views;
     float **side[KVS_SIDE_COUNT];
+    float *l; /* [KVS_ATTN_ROWS_MAX][group] */
     void *kernel;
 } thread_scratch;
 
@@ -31,6 +34,11 @@ static uint32_t max_pages(const kvs_attend_run *runs, uint32_t n_runs)
     for (uint32_t i = 0; i < n_runs; i++)
         pages = kvs_max_u32(pages, kvs_cache_pages_max(runs[i].session->cache));
     return pages;
+}
+
+static size_t l_bytes(uint32_t group)
+{
+    return kvs_round_up((size_t)KVS_ATTN_ROWS_MAX * group * sizeof(float), KVS_ALIGN);
 }
 
 static size_t views_bytes(uint32_t pages)
@@ -43,11 +51,20 @@ size_t kvs_attend_scratch_bytes(const kvs_model *m, uint32_t n_pages)
 {
     const uint32_t slots = n_pages * KVS_PAGE_SLOTS;
     const uint32_t group = m->info.n_heads / m->info.n_kv_heads;
-    const size_t per_thread = views_bytes(n_pages) + kvs_attn_scratch_bytes(group, m->info.head_dim, slots);
-    /* The slot behind the threads' own holds the score rows of all heads of one row, and each range's maxima. */
+    const size_t per_thread =
+        views_bytes(n_pages) + l_bytes(group) + kvs_attn_scratch_bytes(group, m->info.head_dim, slots);
+    /* The slot behind the threads' own holds the score and weight rows of all heads of one row, and each range's maxima;
+     * or, where threads take blocks of rows, whose turn it is to record. */
     const size_t n_ranges = slots / SCORE_RANGE_SLOTS + 1;
-    const size_t shared = (size_t)m->info.n_heads * (slots + n_ranges + KVS_ALIGN) * sizeof(float);
+    const size_t split = (size_t)m->info.n_heads * (2 * (size_t)slots + n_ranges + KVS_ALIGN) * sizeof(float);
+    const size_t turns = (size_t)KVS_STEP_ROWS_MAX * m->info.n_kv_heads * sizeof(atomic_uint);
+    const size_t shared = split > turns ? split : turns;
     return per_thread > shared ? per_thread : shared;
+}
+
+static void *shared_scratch(const kvs_forward *f)
+{
+    return (uint8_t *)f->attn_scratch + kvs_pool_n_threads(f->model->pool) * f->attn_scratch_bytes;
 }
 
 static thread_scratch scratch_of(const layer_task *t, uint32_t thread)
@@ -60,7 +77,8 @@ static thread_scratch scratch_of(const layer_task *t, uint32_t thread)
         s.side[i] = (float **)(void *)at;
         at += kvs_round_up(pages * sizeof(float *), KVS_ALIGN);
     }
-    s.kernel = at;
+    s.l = (float *)(void *)at;
+    s.kernel = at + l_bytes(t->f->model->info.n_heads / t->f->model->info.n_kv_heads);
     return s;
 }
 
@@ -139,8 +157,6 @@ static kvs_attn_job make_job(const layer_task *t, const kvs_attend_run *run, uin
     const kvs_model *m = t->f->model;
     const kvs_model_info *i = &m->info;
     const uint32_t group = i->n_heads / i->n_kv_heads, dh = i->head_dim;
-    const size_t lse = ((size_t)head * t->f->max_rows + run->row0 + row) * group;
-    const bool tapped = t->ctx->tap_needs != 0;
     return (kvs_attn_job){
         .pages = views,
         .limit0 = kvs_cache_n_physical(run->session->cache, t->layer, head) - run->n_rows + row + 1,
@@ -153,10 +169,52 @@ static kvs_attn_job make_job(const layer_task *t, const kvs_attend_run *run, uin
         .q_stride = qkv_width(i),
         .out = t->f->att + (size_t)(run->row0 + row) * i->n_heads * dh + (size_t)head * group * dh,
         .out_stride = (size_t)i->n_heads * dh,
-        .m = tapped ? t->ctx->m + lse : NULL,
-        .l = tapped ? t->ctx->l + lse : NULL,
         .rope = &m->rope,
     };
+}
+
+/* ---- recording attention mass ---- */
+
+/* Adds rows [row_begin, ...) of a job that has been attended to the masses that the run's policy reads. first: no row of
+ * this step was recorded before. */
+static void record(const layer_task *t, const kvs_attend_run *run, uint32_t head, const kvs_attn_job *job,
+                   uint32_t row_begin, bool first, const thread_scratch *s)
+{
+    const uint32_t needs = kvs_policy_needs(&run->session->policy);
+    if (first && run->tap_reset) {
+        const uint32_t n_pages = kvs_cache_n_pages(run->session->cache, t->layer, head);
+        for (uint32_t p = 0; p < n_pages; p++)
+            memset(s->side[KVS_SIDE_SUM][p], 0, KVS_PAGE_SLOTS * sizeof(float));
+    }
+    const bool sum = (needs & (KVS_POLICY_NEEDS_MASS_LAST | KVS_POLICY_NEEDS_MASS_SUM)) != 0;
+    const kvs_attn_tap tap = {
+        .row_begin = row_begin,
+        .sum = sum ? s->side[KVS_SIDE_SUM] : NULL,
+        .ema = needs & KVS_POLICY_NEEDS_MASS_EMA ? s->side[KVS_SIDE_EMA] : NULL,
+        .max = needs & KVS_POLICY_NEEDS_MASS_MAX ? s->side[KVS_SIDE_MAX] : NULL,
+        .ema_decay = 0.05f, /* a memory of about 20 queries; evaluation.md leaves the constant open */
+    };
+    t->f->model->kernels->attend_tap(job, &tap, s->kernel);
+}
+
+/* How many blocks of rows of a (run, head) have been recorded. */
+static atomic_uint *turn_of(const layer_task *t, const kvs_attend_run *run, uint32_t head)
+{
+    atomic_uint *const turns = shared_scratch(t->f);
+    return &turns[(uint32_t)(run - t->ctx->runs) * t->f->model->info.n_kv_heads + head];
+}
+
+/* Blocks of one head are attended in any order but recorded in that of their rows, since sums round. Tasks are handed
+ * out in order: the earliest that is not done waits for nobody. */
+static void record_in_turn(const layer_task *t, const kvs_attend_run *run, uint32_t head, const kvs_attn_job *job,
+                           uint32_t row, const thread_scratch *s)
+{
+    atomic_uint *const turn = turn_of(t, run, head);
+    const uint32_t first_block = run->tap_from / KVS_ATTN_ROWS_MAX, block = row / KVS_ATTN_ROWS_MAX - first_block;
+    while (atomic_load_explicit(turn, memory_order_acquire) != block)
+        sched_yield();
+    record(t, run, head, job, block == 0 ? run->tap_from - row : 0, block == 0, s);
+    atomic_store_explicit(turn, block + 1, memory_order_release);
 }
 
 /* Task: a block of rows of one (run, KV head). */
@@ -176,9 +234,17 @@ static void attend_task(void *ctx, uint32_t task, uint32_t thread)
     const uint32_t in_run = task - t->block_begin[low];
     const uint32_t head = in_run % n_kv_heads, row = in_run / n_kv_heads * KVS_ATTN_ROWS_MAX;
     const thread_scratch s = scratch_of(t, thread);
-    kvs_cache_views(run->session->cache, t->layer, head, s.views, NULL);
-    const kvs_attn_job job = make_job(t, run, head, row, kvs_min_u32(KVS_ATTN_ROWS_MAX, run->n_rows - row), s.views);
+    const uint32_t n_rows = kvs_min_u32(KVS_ATTN_ROWS_MAX, run->n_rows - row);
+    const bool recorded = run->tap_from < row + n_rows;
+    kvs_cache_views(run->session->cache, t->layer, head, s.views, recorded ? (float ***)s.side : NULL);
+    kvs_attn_job job = make_job(t, run, head, row, n_rows, s.views);
+    if (recorded) {
+        job.l = s.l;
+        kvs_attn_weights_in_scratch(&job, s.kernel);
+    }
     t->f->model->kernels->attend(&job, s.kernel);
+    if (recorded)
+        record_in_turn(t, run, head, &job, row, &s);
 }
 
 /* ---- one row over few heads: threads share a head ---- */
@@ -203,7 +269,7 @@ typedef struct split_task {
     uint32_t n_ranges, n_slots;
     uint32_t n_whole, n_parts; /* heads that one thread sums up, and parts of the dims of each of the others */
     size_t stride;             /* of a score row */
-    float *scores, *m_part, *m;
+    float *scores, *weights, *m_part;
 } split_task;
 
 static void split_scores_task(void *ctx, uint32_t task, uint32_t thread)
@@ -239,8 +305,9 @@ static void split_output_task(void *ctx, uint32_t task, uint32_t thread)
         return;
     const kvs_attend_run *run = t->layer.ctx->runs;
     const thread_scratch s = scratch_of(&t->layer, thread);
-    kvs_cache_views(run->session->cache, t->layer.layer, head, s.views, NULL);
-    const kvs_attn_job job = make_job(&t->layer, run, head, 0, 1, s.views);
+    const bool recorded = run->tap_from == 0 && part == 0; /* it goes through all slots */
+    kvs_cache_views(run->session->cache, t->layer.layer, head, s.views, recorded ? (float ***)s.side : NULL);
+    kvs_attn_job job = make_job(&t->layer, run, head, 0, 1, s.views);
     float m[64];
     for (uint32_t g = 0; g < job.group; g++) {
         m[g] = -__builtin_inff();
@@ -248,12 +315,17 @@ static void split_output_task(void *ctx, uint32_t task, uint32_t thread)
             const float x = t->m_part[(size_t)(r * i->n_kv_heads + head) * job.group + g];
             m[g] = x > m[g] ? x : m[g];
         }
-        if (job.m != NULL && part == 0)
-            job.m[g] = m[g];
+    }
+    if (recorded) {
+        job.l = s.l;
+        job.weights = t->weights + (size_t)head * job.group * t->stride; /* other parts still read the scores */
+        job.weights_stride = t->stride;
     }
     const uint32_t begin = part * dims;
     t->layer.f->model->kernels->attend_output(&job, t->scores + (size_t)head * job.group * t->stride, t->stride, m,
                                               begin, kvs_min_u32(i->head_dim, begin + dims), s.kernel);
+    if (recorded)
+        record(&t->layer, run, head, &job, 0, true, &s);
 }
 
 /* Few heads and one row cannot keep the threads busy by themselves once there is much to read. */
@@ -280,47 +352,11 @@ static void attend_split(const layer_task *layer)
     t.n_whole = i->n_kv_heads - n_rest;
     t.n_parts = n_rest == 0 ? 1 : kvs_min_u32(div_up(i->head_dim, OUTPUT_DIMS_MIN), n_threads / gcd(n_threads, n_rest));
     t.stride = kvs_round_up(t.n_slots, KVS_TILE_SLOTS);
-    t.scores =
-        (float *)(void *)((uint8_t *)f->attn_scratch + kvs_pool_n_threads(f->model->pool) * f->attn_scratch_bytes);
-    t.m_part = t.scores + (size_t)i->n_heads * t.stride;
+    t.scores = shared_scratch(f);
+    t.weights = t.scores + (size_t)i->n_heads * t.stride;
+    t.m_part = t.weights + (size_t)i->n_heads * t.stride;
     kvs_pool_run(f->model->pool, split_scores_task, &t, i->n_kv_heads * t.n_ranges);
     kvs_pool_run(f->model->pool, split_output_task, &t, t.n_whole + n_rest * t.n_parts);
-}
-
-/* ---- recording attention mass ---- */
-
-static void tap_run_head(const layer_task *t, const kvs_attend_run *run, uint32_t head, uint32_t thread)
-{
-    const thread_scratch s = scratch_of(t, thread);
-    const kvs_cache *c = run->session->cache;
-    kvs_cache_views(c, t->layer, head, s.views, (float ***)s.side);
-    const uint32_t needs = kvs_policy_needs(&run->session->policy);
-    if (run->tap_reset) {
-        const uint32_t n_pages = kvs_cache_n_pages(c, t->layer, head);
-        for (uint32_t p = 0; p < n_pages; p++)
-            memset(s.side[KVS_SIDE_SUM][p], 0, KVS_PAGE_SLOTS * sizeof(float));
-    }
-    const bool sum = (needs & (KVS_POLICY_NEEDS_MASS_LAST | KVS_POLICY_NEEDS_MASS_SUM)) != 0;
-    const kvs_attn_tap tap = {
-        .sum = sum ? s.side[KVS_SIDE_SUM] : NULL,
-        .ema = needs & KVS_POLICY_NEEDS_MASS_EMA ? s.side[KVS_SIDE_EMA] : NULL,
-        .max = needs & KVS_POLICY_NEEDS_MASS_MAX ? s.side[KVS_SIDE_MAX] : NULL,
-        .ema_decay = 0.05f, /* a memory of about 20 queries; evaluation.md leaves the constant open */
-    };
-    for (uint32_t row = run->tap_from; row < run->n_rows; row += KVS_ATTN_ROWS_MAX) {
-        const kvs_attn_job job =
-            make_job(t, run, head, row, kvs_min_u32(KVS_ATTN_ROWS_MAX, run->n_rows - row), s.views);
-        t->f->model->kernels->attend_tap(&job, &tap, s.kernel);
-    }
-}
-
-static void tap_task(void *ctx, uint32_t task, uint32_t thread)
-{
-    const layer_task *t = ctx;
-    const uint32_t n_kv_heads = t->f->model->info.n_kv_heads;
-    const kvs_attend_run *run = &t->ctx->runs[task / n_kv_heads];
-    if (run->tap_from < run->n_rows)
-        tap_run_head(t, run, task % n_kv_heads, thread);
 }
 
 /* ---- the hook ---- */
@@ -341,10 +377,12 @@ void kvs_attend(void *ctx, kvs_forward *f, uint32_t layer, uint32_t n_rows)
             store_task(&t, task, 0);
     else
         kvs_pool_run(pool, store_task, &t, a->n_runs * n_kv_heads);
-    if (worth_splitting(a, f, layer))
+    if (worth_splitting(a, f, layer)) {
         attend_split(&t);
-    else
-        kvs_pool_run(pool, attend_task, &t, n_blocks);
-    if (a->tap_needs != 0)
-        kvs_pool_run(pool, tap_task, &t, a->n_runs * n_kv_heads);
+        return;
+    }
+    for (uint32_t r = 0; r < a->n_runs; r++)
+        for (uint32_t h = 0; h < n_kv_heads && a->runs[r].tap_from < a->runs[r].n_rows; h++)
+            atomic_init(turn_of(&t, &a->runs[r], h), 0);
+    kvs_pool_run(pool, attend_task, &t, n_blocks);
 }

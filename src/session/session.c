@@ -101,9 +101,7 @@ static kvs_status reserve_forward(const kvs_session *s, kvs_forward *f, kvs_erro
 {
     const size_t bytes = kvs_attend_scratch_bytes(s->model, kvs_cache_pages_bound(s->cache));
     pthread_mutex_lock(&f->lock); /* another session's step may be in it */
-    kvs_status status = kvs_forward_need_scratch(f, bytes, err);
-    if (status == KVS_OK && kvs_policy_needs(&s->policy) != 0)
-        status = kvs_forward_need_taps(f, err);
+    const kvs_status status = kvs_forward_need_scratch(f, bytes, err);
     pthread_mutex_unlock(&f->lock);
     return status;
 }

@@ -68,8 +68,6 @@ typedef struct kvs_attend_run {
 typedef struct kvs_attend_ctx {
     const kvs_attend_run *runs;
     uint32_t n_runs;
-    uint32_t tap_needs; /* of any run */
-    float *m, *l;       /* [n_kv_heads][rows][group]: log-sum-exp parts for the taps */
 } kvs_attend_ctx;
 /* Bytes of scratch a thread needs for sessions whose heads have n_pages at most. */
 size_t kvs_attend_scratch_bytes(const kvs_model *m, uint32_t n_pages);

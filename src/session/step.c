@@ -224,14 +224,10 @@ static void plan_tap(kvs_session *s, kvs_attend_run *r, const uint8_t *flags)
     s->forward_open = !answer;
 }
 
-/* Runs the rows through all layers. Taps need the log-sum-exp of each row, kept behind the activations. All it works in
- * was reserved when the sessions were created. */
+/* Runs the rows through all layers. All it works in was reserved when the sessions were created. */
 static void run_forward(kvs_forward *f, step_rows *rows, kvs_arith arith)
 {
-    kvs_attend_ctx ctx = {.runs = rows->runs, .n_runs = rows->n_runs, .m = f->tap_m, .l = f->tap_l};
-    for (uint32_t i = 0; i < rows->n_runs; i++)
-        if (rows->runs[i].tap_from < rows->runs[i].n_rows)
-            ctx.tap_needs |= kvs_policy_needs(&rows->runs[i].session->policy);
+    kvs_attend_ctx ctx = {.runs = rows->runs, .n_runs = rows->n_runs};
     kvs_forward_rows(f, arith, rows->tokens, rows->n_rows, kvs_attend, &ctx);
 }
 

@@ -133,6 +133,51 @@ static void result_depends_on_chunk_or_threads(void **state)
         }
 }
 
+/* ---- what a policy will judge by ---------------------------------------------------------------------------------- */
+
+/* The masses of every slot of every head: [n_layers][n_kv_heads][n_slots]. */
+static void read_masses(const kvs_session *s, float *out)
+{
+    const kvs_model_info *i = &s->model->info;
+    for (uint32_t layer = 0; layer < i->n_layers; layer++)
+        for (uint32_t head = 0; head < i->n_kv_heads; head++) {
+            kvs_head_slots slots = {0};
+            for (int k = 0; k < KVS_SIDE_COUNT; k++)
+                if (kvs_side_mask(&s->policy) & 1u << k)
+                    slots.side[k] = out;
+            out += kvs_cache_read_head(s->cache, layer, head, &slots);
+        }
+}
+
+static void masses_depend_on_chunk_or_threads(void **state)
+{
+    (void)state;
+    static const char *const policies[] = {"attention_top:acc=0", "attention_top:acc=1", "attention_top:acc=2",
+                                           "attention_top:acc=3"};
+    static const uint32_t slices[] = {1, 7, 64, 512};
+    const size_t n_masses = (size_t)model[1]->info.n_layers * model[1]->info.n_kv_heads * N;
+    for (int p = 0; p < 4; p++) {
+        const setting c = {.policy = policies[p], .budget = BUDGET, .chunk = 512, .arith = KVS_ARITH_F32};
+        kvs_session *s = open_session(model[1], &c);
+        run_rows(s, 0, N, N, got);
+        read_masses(s, expected);
+        kvs_session_free(&s);
+        double sum = 0;
+        for (size_t i = 0; i < n_masses; i++)
+            sum += (double)expected[i];
+        assert_true(sum > 1);
+        for (uint32_t t = 1; t <= 4; t++)
+            for (uint32_t i = 0; i < 4; i++) {
+                s = open_session(model[t], &c);
+                run_rows(s, 0, N, slices[i], got);
+                read_masses(s, got);
+                kvs_session_free(&s);
+                if (memcmp(got, expected, n_masses * sizeof *got) != 0)
+                    fail_msg("%s, %u threads, slices of %u: other masses", policies[p], n_threads_of[t], slices[i]);
+            }
+    }
+}
+
 typedef struct batch {
     kvs_session *others[5];
     uint32_t depth[5];
@@ -631,6 +676,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(result_depends_on_chunk_or_threads),
+        cmocka_unit_test(masses_depend_on_chunk_or_threads),
         cmocka_unit_test(result_depends_on_neighbours),
         cmocka_unit_test(fork_or_save_changes_the_future),
         cmocka_unit_test(fork_or_save_of_an_empty_session_fails),
