@@ -73,7 +73,8 @@ static void add_matrix(const kvs_weight *w, bool native, double *bytes, double *
     if (w->n_out == 0)
         return;
     *bytes += matrix_bytes(w);
-    *(native && w->type != KVS_WEIGHT_F32 ? int8_ops : f32_ops) += 2.0 * w->n_out * w->n_in;
+    const bool dense = w->type == KVS_WEIGHT_F32 || w->type == KVS_WEIGHT_F16 || w->type == KVS_WEIGHT_BF16;
+    *(native && !dense ? int8_ops : f32_ops) += 2.0 * w->n_out * w->n_in;
 }
 
 static cost model_cost(const kvs_model *m, bool native)

@@ -21,6 +21,13 @@ typedef enum kvs_weight_type {
     KVS_WEIGHT_Q4_0,
     KVS_WEIGHT_Q4_1,
     KVS_WEIGHT_Q8_0,
+    KVS_WEIGHT_F16,
+    KVS_WEIGHT_BF16,
+    KVS_WEIGHT_Q5_0,
+    KVS_WEIGHT_Q5_1,
+    KVS_WEIGHT_Q4_K,
+    KVS_WEIGHT_Q5_K,
+    KVS_WEIGHT_Q6_K,
     KVS_WEIGHT_OTHER,
 } kvs_weight_type;
 
@@ -50,12 +57,15 @@ size_t kvs_matmul_scratch_bytes(const kvs_weight *w, uint32_t n_rows, uint32_t n
 
 /* y[r][n] = sum over k of W[n][k] x[r][k].
  *   x [n_rows][x_stride] f32, y [n_rows][y_stride] f32, strides in elements; scratch 64-byte aligned
- * f32: acc = fmaf(W[n][k], x[r][k], acc), k ascending, one chain; W widened as fmaf(q, d, m) (Q4_1), q * d (Q8_0),
- * (q - 8) * d (Q4_0), or to_float.
- * native: x is first quantised per block of 32 as ggml does (q8_0 for Q4_0 and Q8_0: d = f16(amax / 127); q8_1 for
- * Q4_1: d = f16(amax / 127), s = f16(d * sum q), rounding to nearest even of x / d_unrounded as ggml's AVX2 code does),
- * then per block, ascending: acc = fmaf(dw * dx, (float)sumi, acc) with sumi the exact int32 sum, and for Q4_1 then
- * acc = fmaf(mw, sx, acc). KVS_WEIGHT_F32 is the f32 chain in both. KVS_WEIGHT_OTHER is one vec_dot per element. */
+ * f32: acc = fmaf(W[n][k], x[r][k], acc), k ascending, one chain; W widened with one rounding (matmul_codes.h), or to_float.
+ * native: what ggml does with the type, in an order of our own. F16 and BF16: x rounded to the type, then the f32 chain.
+ * Blocks of 32: x is first quantised a block at a time (q8_0 for Q4_0, Q5_0 and Q8_0: d = f16(amax / 127); q8_1 for Q4_1
+ * and Q5_1: s = f16(d * sum q) besides; rounding to nearest even of x / d_unrounded as ggml's AVX2 code does), then per
+ * block, ascending: acc = fmaf(dw * dx, (float)sumi, acc) with sumi the exact int32 sum, and with minima then
+ * acc = fmaf(mw, sx, acc). K types: x quantised 256 at a time (q8_K: f32 dx), and per super-block, ascending:
+ * acc = fmaf(dw * dx, (float)isum, acc), isum = sum over sub-blocks of sc * sumi, and with minima then
+ * acc = fmaf(-(dmin * dx), (float)msum, acc), msum = sum of min * (sum of the sub-block's activation codes); both exact
+ * in int32. KVS_WEIGHT_F32 is the f32 chain in both. KVS_WEIGHT_OTHER is one vec_dot per element. */
 typedef struct kvs_kernels kvs_kernels;
 void kvs_matmul_f32(const kvs_kernels *k, kvs_pool *pool, const kvs_weight *w, const float *x, size_t x_stride,
                     float *y, size_t y_stride, uint32_t n_rows, void *scratch);

@@ -15,6 +15,7 @@ struct job {
     uint32_t n_rows;
     uint32_t panels_per_task; /* even wherever pairs count */
     uint32_t n_splits;        /* of the rows, when panels alone would leave threads idle */
+    bool round;               /* activations to the weights' f16 or bf16 first */
     uint8_t *acts;            /* rearranged or quantised activations */
     uint8_t *thread_scratch;
     size_t thread_bytes;
@@ -139,6 +140,15 @@ static void few_task(void *ctx, uint32_t task, uint32_t thread)
     copy_rows(y + (size_t)n_whole * KVS_PANEL, j->y_stride, edge, KVS_PANEL, j->n_rows, j->w->n_out % KVS_PANEL);
 }
 
+static void round_task(void *ctx, uint32_t task, uint32_t thread)
+{
+    const struct job *j = ctx;
+    (void)task, (void)thread;
+    for (uint32_t r = 0; r < j->n_rows; r++)
+        j->kernels->round(j->w->type, j->x + r * j->x_stride, j->w->n_in,
+                          (float *)(void *)j->acts + (size_t)r * j->w->n_in);
+}
+
 /* ---- f32, many rows ---- */
 
 /* One tile of activations as [n_in][row_tile], padded with zero rows. */
@@ -156,6 +166,8 @@ static void interleave_task(void *ctx, uint32_t task, uint32_t thread)
         for (size_t k = 0; k < n_in; k++)
             dst[k * row_tile + r] = src[k];
     }
+    if (j->round)
+        j->kernels->round(j->w->type, dst, row_tile * n_in, dst);
 }
 
 /* Two panels of weights k_begin .. k_begin + n_k as f32; where they stand is left in w[2]. */
@@ -245,28 +257,38 @@ static void tile_task(void *ctx, uint32_t task, uint32_t thread)
                   j->thread_scratch + thread * j->thread_bytes);
 }
 
+static void run_f32(struct job j, kvs_pool *pool)
+{
+    if (j.w->type != KVS_WEIGHT_OTHER && j.n_rows <= KVS_F32_FEW_ROWS) {
+        if (j.round) {
+            kvs_pool_run(pool, round_task, &j, 1);
+            j.x = (const float *)(const void *)j.acts;
+            j.x_stride = j.w->n_in;
+        }
+        kvs_pool_run(pool, few_task, &j, share_out(&j, pool, 1));
+        return;
+    }
+    const uint32_t n_tiles = div_up(j.n_rows, j.kernels->row_tile);
+    j.thread_scratch = j.acts + f32_acts_bytes(j.w, j.n_rows);
+    j.thread_bytes = f32_thread_bytes(j.w, j.n_rows);
+    kvs_pool_run(pool, interleave_task, &j, n_tiles);
+    kvs_pool_run(pool, tile_task, &j, share_out(&j, pool, n_tiles));
+}
+
 void kvs_matmul_f32(const kvs_kernels *k, kvs_pool *pool, const kvs_weight *w, const float *x, size_t x_stride,
                     float *y, size_t y_stride, uint32_t n_rows, void *scratch)
 {
     if (n_rows == 0 || w->n_out == 0)
         return;
-    struct job j = {.kernels = k->matmul,
-                    .w = w,
-                    .x = x,
-                    .x_stride = x_stride,
-                    .y = y,
-                    .y_stride = y_stride,
-                    .n_rows = n_rows,
-                    .acts = scratch};
-    if (w->type != KVS_WEIGHT_OTHER && n_rows <= KVS_F32_FEW_ROWS) {
-        kvs_pool_run(pool, few_task, &j, share_out(&j, pool, 1));
-        return;
-    }
-    const uint32_t n_tiles = div_up(n_rows, j.kernels->row_tile);
-    j.thread_scratch = j.acts + f32_acts_bytes(w, n_rows);
-    j.thread_bytes = f32_thread_bytes(w, n_rows);
-    kvs_pool_run(pool, interleave_task, &j, n_tiles);
-    kvs_pool_run(pool, tile_task, &j, share_out(&j, pool, n_tiles));
+    run_f32((struct job){.kernels = k->matmul,
+                         .w = w,
+                         .x = x,
+                         .x_stride = x_stride,
+                         .y = y,
+                         .y_stride = y_stride,
+                         .n_rows = n_rows,
+                         .acts = scratch},
+            pool);
 }
 
 /* ---- native ---- */
@@ -281,7 +303,8 @@ static void quantise_task(void *ctx, uint32_t task, uint32_t thread)
     const struct job *j = ctx;
     (void)thread;
     for (uint32_t r = task * KVS_ACT_TILE; r < kvs_min_u32((task + 1) * KVS_ACT_TILE, j->n_rows); r++)
-        j->kernels->quantise(j->x + r * j->x_stride, j->w->n_in, act_tile(j, task), r % KVS_ACT_TILE);
+        (kvs_is_k(j->w->type) ? j->kernels->quantise_k : j->kernels->quantise)(j->x + r * j->x_stride, j->w->n_in,
+                                                                               act_tile(j, task), r % KVS_ACT_TILE);
 }
 
 /* One row: all panels in a stream. Many: a panel at a time stays in the first-level cache while the tiles pass. */
@@ -336,10 +359,6 @@ void kvs_matmul_native(const kvs_kernels *k, kvs_pool *pool, const kvs_weight *w
 {
     if (n_rows == 0 || w->n_out == 0)
         return;
-    if (w->type == KVS_WEIGHT_F32) {
-        kvs_matmul_f32(k, pool, w, x, x_stride, y, y_stride, n_rows, scratch);
-        return;
-    }
     struct job j = {.kernels = k->matmul,
                     .w = w,
                     .x = x,
@@ -347,7 +366,12 @@ void kvs_matmul_native(const kvs_kernels *k, kvs_pool *pool, const kvs_weight *w
                     .y = y,
                     .y_stride = y_stride,
                     .n_rows = n_rows,
+                    .round = w->type == KVS_WEIGHT_F16 || w->type == KVS_WEIGHT_BF16,
                     .acts = scratch};
+    if (kvs_dense_bytes(w->type) != 0) {
+        run_f32(j, pool);
+        return;
+    }
     if (w->type == KVS_WEIGHT_OTHER) {
         kvs_pool_run(pool, other_quantise_task, &j, n_rows);
         kvs_pool_run(pool, other_task, &j, share_out(&j, pool, 1));

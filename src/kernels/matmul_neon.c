@@ -149,8 +149,11 @@ void kvs_matmul_f32_few_neon(const struct kvs_panels *p, const float *x, size_t 
     case KVS_WEIGHT_Q8_0:
         few_type(KVS_WEIGHT_Q8_0, p, x, x_stride, n_rows, y, y_stride);
         break;
-    default:
+    case KVS_WEIGHT_F32:
         few_type(KVS_WEIGHT_F32, p, x, x_stride, n_rows, y, y_stride);
+        break;
+    default: /* types without loops here yet: the twin's bits are the same */
+        kvs_matmul_kernels_ref.f32_few(p, x, x_stride, n_rows, y, y_stride);
     }
 }
 
@@ -184,8 +187,10 @@ void kvs_matmul_widen_neon(const struct kvs_panels *p, uint32_t k_begin, uint32_
         widen_type(KVS_WEIGHT_Q4_0, p, k_begin, n_k, out);
     else if (p->type == KVS_WEIGHT_Q4_1)
         widen_type(KVS_WEIGHT_Q4_1, p, k_begin, n_k, out);
-    else
+    else if (p->type == KVS_WEIGHT_Q8_0)
         widen_type(KVS_WEIGHT_Q8_0, p, k_begin, n_k, out);
+    else
+        kvs_matmul_kernels_ref.widen(p, k_begin, n_k, out);
 }
 
 /* 4 vectors x 6 rows: 24 accumulators, 4 weights and 2 vectors of activations of 32 registers. */
@@ -324,6 +329,21 @@ ALWAYS_INLINE void block_dots(const kvs_weight_type type, const int n_rows, cons
 
 #include "kernels/matmul_neon_body.h"
 
-const struct kvs_matmul_kernels kvs_matmul_kernels_neon = {
-    ROW_TILE, kvs_matmul_f32_few_neon, kvs_matmul_widen_neon, kvs_matmul_f32_tile_neon, kvs_matmul_quantise_neon,
-    native};
+void kvs_matmul_round_neon(kvs_weight_type type, const float *x, uint32_t n, float *y)
+{
+    kvs_matmul_kernels_ref.round(type, x, n, y);
+}
+
+void kvs_matmul_quantise_k_neon(const float *x, uint32_t n_in, struct kvs_act_block *tile, uint32_t row)
+{
+    kvs_matmul_kernels_ref.quantise_k(x, n_in, tile, row);
+}
+
+const struct kvs_matmul_kernels kvs_matmul_kernels_neon = {ROW_TILE,
+                                                           kvs_matmul_f32_few_neon,
+                                                           kvs_matmul_widen_neon,
+                                                           kvs_matmul_f32_tile_neon,
+                                                           kvs_matmul_round_neon,
+                                                           kvs_matmul_quantise_neon,
+                                                           kvs_matmul_quantise_k_neon,
+                                                           native};

@@ -12,6 +12,9 @@ void kvs_matmul_widen_neon(const struct kvs_panels *p, uint32_t k_begin, uint32_
 void kvs_matmul_f32_tile_neon(const float *w0, const float *w1, const float *x, uint32_t n_k, uint32_t n_rows,
                               const float *from, float *to, size_t to_stride);
 void kvs_matmul_quantise_neon(const float *x, uint32_t n_in, struct kvs_act_block *tile, uint32_t row);
+/* The plain twin's. */
+void kvs_matmul_round_neon(kvs_weight_type type, const float *x, uint32_t n, float *y);
+void kvs_matmul_quantise_k_neon(const float *x, uint32_t n_in, struct kvs_act_block *tile, uint32_t row);
 
 static inline float32x4_t kvs_neon_halves(const uint16_t *h)
 {

@@ -68,6 +68,8 @@ static void native(const struct kvs_panels *p, const struct kvs_act_block *tile,
         native_type(KVS_WEIGHT_Q4_0, p, tile, n_rows, y, y_stride);
     else if (p->type == KVS_WEIGHT_Q4_1)
         native_type(KVS_WEIGHT_Q4_1, p, tile, n_rows, y, y_stride);
-    else
+    else if (p->type == KVS_WEIGHT_Q8_0)
         native_type(KVS_WEIGHT_Q8_0, p, tile, n_rows, y, y_stride);
+    else /* types without loops here yet: the twin's bits are the same */
+        kvs_matmul_kernels_ref.native(p, tile, n_rows, y, y_stride);
 }

@@ -39,6 +39,11 @@ ALWAYS_INLINE void block_dots(const kvs_weight_type type, const int n_rows, cons
 
 #include "kernels/matmul_neon_body.h"
 
-const struct kvs_matmul_kernels kvs_matmul_kernels_neondot = {
-    ROW_TILE, kvs_matmul_f32_few_neon, kvs_matmul_widen_neon, kvs_matmul_f32_tile_neon, kvs_matmul_quantise_neon,
-    native};
+const struct kvs_matmul_kernels kvs_matmul_kernels_neondot = {ROW_TILE,
+                                                              kvs_matmul_f32_few_neon,
+                                                              kvs_matmul_widen_neon,
+                                                              kvs_matmul_f32_tile_neon,
+                                                              kvs_matmul_round_neon,
+                                                              kvs_matmul_quantise_neon,
+                                                              kvs_matmul_quantise_k_neon,
+                                                              native};

@@ -39,6 +39,20 @@ static kvs_weight_type weight_type(int ggml_type)
         return KVS_WEIGHT_Q4_1;
     case GGML_TYPE_Q8_0:
         return KVS_WEIGHT_Q8_0;
+    case GGML_TYPE_F16:
+        return KVS_WEIGHT_F16;
+    case GGML_TYPE_BF16:
+        return KVS_WEIGHT_BF16;
+    case GGML_TYPE_Q5_0:
+        return KVS_WEIGHT_Q5_0;
+    case GGML_TYPE_Q5_1:
+        return KVS_WEIGHT_Q5_1;
+    case GGML_TYPE_Q4_K:
+        return KVS_WEIGHT_Q4_K;
+    case GGML_TYPE_Q5_K:
+        return KVS_WEIGHT_Q5_K;
+    case GGML_TYPE_Q6_K:
+        return KVS_WEIGHT_Q6_K;
     default:
         return KVS_WEIGHT_OTHER;
     }

@@ -9,6 +9,7 @@
  * scale, one or two multiply-adds a block, the lanes of ggml's accumulator folded) errs by at most
  * gamma(2 n_blocks + 8) S on each side, gamma(k) = k u / (1 - k u), u = 2^-24 (Higham). The bound is twice that.
  * Prints `ok`/`not ok` lines and a closing count; exit 1 if any fails, 77 if there is no model or text. */
+#include "kernels/matmul.h"
 #include "session/session_internal.h"
 
 #include <ggml-cpu.h>
@@ -46,29 +47,44 @@ typedef struct tally {
     bool unsupported;
 } tally;
 
-/* |d| sum |q x| + |m s| over the blocks of one row, from the bytes of the formats (ggml-common.h): Q4_1 is {f16 d, f16
- * m, 16 bytes of codes, low halves first}, Q4_0 the same without m, Q8_0 {f16 d, 32 i8}; activations {f16 d, f16 s, 32
- * i8} (q8_1) or {f16 d, 32 i8} (q8_0). */
-static double term_sizes(enum ggml_type type, const uint8_t *w, const uint8_t *x, uint32_t n_blocks)
+/* The type as the kernels have it; KVS_WEIGHT_OTHER where there is no bound for it here. */
+static kvs_weight_type packed_type(enum ggml_type type)
 {
-    const bool q4_1 = type == GGML_TYPE_Q4_1, q4 = q4_1 || type == GGML_TYPE_Q4_0;
-    const size_t w_head = q4_1 ? 4 : 2, w_bytes = w_head + (q4 ? 16 : 32), x_head = q4_1 ? 4 : 2, x_bytes = x_head + 32;
-    double sum = 0;
-    for (uint32_t b = 0; b < n_blocks; b++, w += w_bytes, x += x_bytes) {
-        ggml_fp16_t dw, dx, mw, sx;
-        memcpy(&dw, w, 2);
-        memcpy(&dx, x, 2);
-        int32_t codes = 0;
-        for (int i = 0; i < 32; i++) {
-            const int32_t nibble = i < 16 ? w[w_head + (size_t)i % 16] & 15 : w[w_head + (size_t)i % 16] >> 4;
-            const int32_t q = q4_1 ? nibble : q4 ? nibble - 8 : (int8_t)w[w_head + (size_t)i];
-            codes += abs(q * (int8_t)x[x_head + (size_t)i]);
+    static const struct {
+        enum ggml_type ggml;
+        kvs_weight_type type;
+    } known[] = {{GGML_TYPE_Q4_0, KVS_WEIGHT_Q4_0}, {GGML_TYPE_Q4_1, KVS_WEIGHT_Q4_1},
+                 {GGML_TYPE_Q5_0, KVS_WEIGHT_Q5_0}, {GGML_TYPE_Q5_1, KVS_WEIGHT_Q5_1},
+                 {GGML_TYPE_Q8_0, KVS_WEIGHT_Q8_0}, {GGML_TYPE_Q4_K, KVS_WEIGHT_Q4_K},
+                 {GGML_TYPE_Q5_K, KVS_WEIGHT_Q5_K}, {GGML_TYPE_Q6_K, KVS_WEIGHT_Q6_K},
+                 {GGML_TYPE_F16, KVS_WEIGHT_F16},   {GGML_TYPE_BF16, KVS_WEIGHT_BF16}};
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (known[i].ggml == type)
+            return known[i].type;
+    return KVS_WEIGHT_OTHER;
+}
+
+/* |d| sum |q x| + |m s| of one row: x [n_in] as the native product sees it (quantised, widened), panel the row packed
+ * alone. With minima each side multiplies m by a rounded sum of the same x. */
+static double term_sizes(const struct kvs_panels *panel, const float *x)
+{
+    double sum = 0, x_sum = 0;
+    float d = 0, m = 0;
+    for (uint32_t k = 0; k < panel->n_in; k++) {
+        if (kvs_dense_bytes(panel->type) != 0) {
+            const uint8_t *const at = panel->base + (size_t)k * KVS_PANEL * kvs_dense_bytes(panel->type);
+            sum += fabs((double)kvs_dense_at(panel->type, at) * (double)x[k]);
+            continue;
         }
-        sum += fabs((double)ggml_fp16_to_fp32(dw) * (double)ggml_fp16_to_fp32(dx)) * codes;
-        if (q4_1) {
-            memcpy(&mw, w + 2, 2);
-            memcpy(&sx, x + 2, 2);
-            sum += fabs((double)ggml_fp16_to_fp32(mw) * (double)ggml_fp16_to_fp32(sx));
+        if (k % KVS_SCALE_ELEMENTS == 0)
+            kvs_panel_scales_at(panel, panel->base, k, 0, &d, &m);
+        const uint8_t *const codes = panel->base + k / KVS_QBLOCK * kvs_panel_code_bytes(panel->type);
+        const int32_t code = (int32_t)kvs_code_at(panel->type, codes, k % KVS_QBLOCK) - kvs_code_above(panel->type);
+        sum += fabs((double)d * code * (double)x[k]);
+        x_sum += (double)x[k];
+        if (k % KVS_QBLOCK == KVS_QBLOCK - 1) {
+            sum += kvs_has_min(panel->type) ? fabs((double)m * x_sum) : 0;
+            x_sum = 0;
         }
     }
     return sum;
@@ -78,27 +94,47 @@ static double term_sizes(enum ggml_type type, const uint8_t *w, const uint8_t *x
 static void compare(tally *t, const struct ggml_tensor *w, const float *x, size_t x_stride, const float *y,
                     size_t y_stride, uint32_t n_rows)
 {
-    const uint32_t n_in = (uint32_t)w->ne[0], n_out = (uint32_t)w->ne[1], n_blocks = n_in / 32;
-    if (w->type != GGML_TYPE_Q4_1 && w->type != GGML_TYPE_Q4_0 && w->type != GGML_TYPE_Q8_0) {
+    const uint32_t n_in = (uint32_t)w->ne[0], n_out = (uint32_t)w->ne[1];
+    const kvs_weight_type type = packed_type(w->type);
+    if (type == KVS_WEIGHT_OTHER) {
         t->unsupported = true;
         return;
     }
+    const bool dense = kvs_dense_bytes(type) != 0;
+    const uint32_t n_steps = dense ? n_in / 2 : n_in / KVS_QBLOCK / (kvs_is_k(type) ? KVS_SUPER_BLOCKS : 1);
     const struct ggml_type_traits_cpu *traits = ggml_get_type_traits_cpu(w->type);
-    const double k = 2.0 * n_blocks + 8, gamma = k * 0x1p-24 / (1 - k * 0x1p-24);
+    const double k = 2.0 * n_steps + 8, gamma = k * 0x1p-24 / (1 - k * 0x1p-24);
     uint8_t *act = malloc(ggml_row_size(traits->vec_dot_type, n_in));
+    float *seen = malloc(n_in * sizeof *seen);
+    struct kvs_act_block *tile = malloc((n_in / KVS_QBLOCK + 1) * sizeof *tile);
+    kvs_weight one = {.type = type, .n_out = 1, .n_in = n_in, .packed_bytes = kvs_weight_packed_bytes(type, 1, n_in)};
+    one.packed = kvs_alloc(kvs_allocator_default(), 1, one.packed_bytes);
     for (uint32_t r = 0; r < n_rows; r += ROW_STEP) {
-        ggml_get_type_traits_cpu(traits->vec_dot_type)->from_float(x + r * x_stride, act, n_in);
+        const float *const row_x = x + r * x_stride;
+        ggml_get_type_traits_cpu(traits->vec_dot_type)->from_float(row_x, act, n_in);
+        if (dense)
+            kvs_matmul_kernels_ref.round(type, row_x, n_in, seen);
+        else
+            (kvs_is_k(type) ? kvs_matmul_kernels_ref.quantise_k : kvs_matmul_kernels_ref.quantise)(row_x, n_in, tile,
+                                                                                                   0);
+        for (uint32_t i = 0; !dense && i < n_in; i++)
+            seen[i] = tile[i / KVS_QBLOCK].d[0] * (float)tile[i / KVS_QBLOCK].q[0][i % KVS_QBLOCK];
         for (uint32_t o = 0; o < n_out; o++) {
             const uint8_t *row = (const uint8_t *)w->data + o * w->nb[1];
+            const struct kvs_panels panel = kvs_weight_panels(&one, 0, 1);
             float theirs;
             traits->vec_dot((int)n_in, &theirs, 0, row, 0, act, 0, 1);
-            const double bound = 2 * gamma * term_sizes(w->type, row, act, n_blocks);
+            kvs_weight_pack(&one, row, 0, 1);
+            const double bound = 2 * gamma * term_sizes(&panel, seen);
             const double error = fabs((double)theirs - (double)y[r * y_stride + o]);
             t->n++;
             t->n_over += !(error <= bound);
             t->worst_share = fmax(t->worst_share, bound > 0 ? error / bound : error > 0 ? INFINITY : 0);
         }
     }
+    kvs_free(kvs_allocator_default(), one.packed);
+    free(tile);
+    free(seen);
     free(act);
 }
 

@@ -18,18 +18,23 @@
 static const uint32_t ROWS[] = {1, 2, 3, 5, 7, 16, 33, 64};
 static const struct shape {
     uint32_t n_out, n_in;
-} SHAPES[] = {{49, 32}, {16, 96}, {200, 576}, {33, 1536}, {1, 64}, {97, 544}};
+} SHAPES[] = {{49, 32}, {16, 96}, {200, 576}, {33, 1536}, {1, 64}, {97, 544}, {49, 256}};
 enum { N_ROWS = sizeof ROWS / sizeof *ROWS, N_SHAPES = sizeof SHAPES / sizeof *SHAPES, MAX_ROWS = 64, PAD = 5 };
 
 static const struct kind {
     kvs_weight_type type;
     enum ggml_type ggml;
-} KINDS[] = {{KVS_WEIGHT_F32, GGML_TYPE_F32},
-             {KVS_WEIGHT_Q4_0, GGML_TYPE_Q4_0},
-             {KVS_WEIGHT_Q4_1, GGML_TYPE_Q4_1},
-             {KVS_WEIGHT_Q8_0, GGML_TYPE_Q8_0},
-             {KVS_WEIGHT_OTHER, GGML_TYPE_F16}};
+} KINDS[] = {
+    {KVS_WEIGHT_F32, GGML_TYPE_F32},   {KVS_WEIGHT_Q4_0, GGML_TYPE_Q4_0}, {KVS_WEIGHT_Q4_1, GGML_TYPE_Q4_1},
+    {KVS_WEIGHT_Q8_0, GGML_TYPE_Q8_0}, {KVS_WEIGHT_Q5_0, GGML_TYPE_Q5_0}, {KVS_WEIGHT_Q5_1, GGML_TYPE_Q5_1},
+    {KVS_WEIGHT_Q4_K, GGML_TYPE_Q4_K}, {KVS_WEIGHT_Q5_K, GGML_TYPE_Q5_K}, {KVS_WEIGHT_Q6_K, GGML_TYPE_Q6_K},
+    {KVS_WEIGHT_F16, GGML_TYPE_F16},   {KVS_WEIGHT_BF16, GGML_TYPE_BF16}, {KVS_WEIGHT_OTHER, GGML_TYPE_IQ4_NL}};
 enum { N_KINDS = sizeof KINDS / sizeof *KINDS };
+
+static bool fits(const struct kind *kind, const struct shape *s)
+{
+    return s->n_in % ggml_blck_size(kind->ggml) == 0;
+}
 
 static float uniform(kvs_rng *rng)
 {
@@ -163,6 +168,8 @@ static void each_fixture(void (*check)(struct fixture *f))
 {
     for (uint32_t i = 0; i < N_KINDS; i++)
         for (uint32_t s = 0; s < N_SHAPES; s++) {
+            if (!fits(&KINDS[i], &SHAPES[s]))
+                continue;
             struct fixture f = make_fixture(&KINDS[i], &SHAPES[s], kvs_hash3(1, i, s));
             check(&f);
             free_fixture(&f);
@@ -181,7 +188,8 @@ static void check_isa_batch_threads(struct fixture *f)
         for (uint32_t n_threads = 1; n_threads <= 3; n_threads++) {
             kvs_pool *pool = kvs_pool_create(kvs_allocator_default(), n_threads);
             assert_non_null(pool);
-            for (uint32_t t = 0; t < n_tables; t++)
+            /* the twin is slow, and its threads are those of the others */
+            for (uint32_t t = n_threads > 1 && n_tables > 1; t < n_tables; t++)
                 for (uint32_t i = 0; i < N_ROWS; i++) {
                     fill_nan(f, f->y);
                     multiply(&tables[t], pool, f, native, f->x, f->y, ROWS[i]);
@@ -254,47 +262,73 @@ static void f32_leaves_its_bound(void **state)
     each_fixture(check_f32_bound);
 }
 
-/* Native and ggml's vec_dot add the same exact terms d code dx a (and m s) in different orders; with n blocks each
- * does at most 2 n + 11 roundings on the way of a term (ours: dw dx and two fused steps a block; ggml's: the same in
- * eight lanes, their fold, the sum of m s apart), so both are within (2 n + 11) eps of the sum of absolute terms. */
+/* Sum of the magnitudes of all terms of one native product: the activations' own numbers are ggml's (their to_float, and
+ * d * sum where the type has it), a weight's are code * d and m apart, which cancel. */
+static double native_abs_sum(const struct fixture *f, enum ggml_type type, const float *act, const float *row,
+                             uint32_t n)
+{
+    const struct kvs_panels p = kvs_weight_panels(&f->w, n / KVS_PANEL, kvs_dense_bytes(f->w.type) == 0);
+    const size_t code_bytes = kvs_panel_code_bytes(f->w.type);
+    double abs_sum = 0, act_sum = 0;
+    float d, m = 0;
+    (void)type;
+    for (uint32_t k = 0; k < f->w.n_in; k++) {
+        if (code_bytes == 0) {
+            abs_sum += fabs((double)row[k] * (double)act[k]);
+            continue;
+        }
+        if (k % KVS_SCALE_ELEMENTS == 0) {
+            abs_sum += fabs(act_sum * (double)m);
+            act_sum = 0;
+            kvs_panel_scales_at(&p, p.base, k, n % KVS_PANEL, &d, &m);
+            m = kvs_has_min(f->w.type) ? m : 0;
+        }
+        act_sum += fabs((double)act[k]);
+        abs_sum += fabs(((double)row[k] - (double)m) * (double)act[k]);
+    }
+    return abs_sum + fabs(act_sum * (double)m);
+}
+
+/* Native and ggml's vec_dot add the same exact terms d code dx a (and m s) in different orders. Blocks of 32: with n of
+ * them each side does at most 2 n + 11 roundings on the way of a term (ours: dw dx and two fused steps a block; ggml's:
+ * the same in eight lanes, their fold, the sum of m s apart), and s itself is rounded to f16 by both alike, which the
+ * magnitudes here allow for with 2^-11 of theirs. Super-blocks: the same with n super-blocks. Dense: n_in products of f16
+ * or bf16, exact in f32, n_in roundings each. */
 static void check_native_ggml(struct fixture *f, enum ggml_type type)
 {
     const struct ggml_type_traits_cpu *cpu = ggml_get_type_traits_cpu(type);
-    const uint32_t n_in = f->w.n_in, n_blocks = n_in / KVS_QBLOCK;
+    const uint32_t n_in = f->w.n_in;
+    const bool dense = kvs_dense_bytes(f->w.type) != 0;
+    const double n_steps = dense ? n_in : 2.0 * (n_in / KVS_QBLOCK / (kvs_is_k(f->w.type) ? KVS_SUPER_BLOCKS : 1));
     kvs_kernels tables[4];
     const uint32_t n_tables = isa_tables(tables);
     kvs_pool *pool = kvs_pool_create(kvs_allocator_default(), 1);
     multiply(&tables[n_tables - 1], pool, f, true, f->x, f->y, MAX_ROWS);
     uint8_t *act = must_alloc(1, ggml_row_size(cpu->vec_dot_type, n_in));
-    float *row = must_alloc(n_in, sizeof *row);
-    struct kvs_act_block *tile = must_alloc(n_blocks, sizeof *tile);
+    float *row = must_alloc(n_in, sizeof *row), *rounded = must_alloc(n_in, sizeof *rounded);
+    struct kvs_act_block *tile = must_alloc(n_in / KVS_QBLOCK, sizeof *tile);
     for (uint32_t r = 0; r < MAX_ROWS; r += 7) {
         const float *x = f->x + r * f->x_stride;
         ggml_get_type_traits_cpu(cpu->vec_dot_type)->from_float(x, act, n_in);
-        tables[0].matmul->quantise(x, n_in, tile, 0);
+        if (dense)
+            tables[0].matmul->round(f->w.type, x, n_in, rounded);
+        else
+            (kvs_is_k(f->w.type) ? tables[0].matmul->quantise_k : tables[0].matmul->quantise)(x, n_in, tile, 0);
+        for (uint32_t k = 0; !dense && k < n_in; k++)
+            rounded[k] = tile[k / KVS_QBLOCK].d[0] * (float)tile[k / KVS_QBLOCK].q[0][k % KVS_QBLOCK];
         for (uint32_t n = 0; n < f->w.n_out; n++) {
-            const uint8_t *raw = (const uint8_t *)f->w.raw + n * f->w.raw_row_bytes;
             float want;
-            cpu->vec_dot((int)n_in, &want, 0, raw, 0, act, 0, 1);
+            cpu->vec_dot((int)n_in, &want, 0, (const uint8_t *)f->w.raw + n * f->w.raw_row_bytes, 0, act, 0, 1);
             kvs_weight_row(&f->w, n, row);
-            double abs_sum = 0;
-            for (uint32_t b = 0; b < n_blocks; b++) {
-                double m = 0;
-                uint16_t half[2];
-                memcpy(half, raw + b * ggml_type_size(type), sizeof half);
-                if (type == GGML_TYPE_Q4_1)
-                    m = (double)kvs_half_to_float(half[1]);
-                for (uint32_t k = 0; k < KVS_QBLOCK; k++) /* row - m is d code */
-                    abs_sum += fabs(((double)row[b * KVS_QBLOCK + k] - m) * (double)tile[b].d[0] * tile[b].q[0][k]);
-                abs_sum += fabs(m * (double)tile[b].s[0]);
-            }
-            const double bound = 2.0 * (2.0 * n_blocks + 11) * (double)FLT_EPSILON * abs_sum + (double)FLT_MIN;
+            const double bound =
+                2.0 * (n_steps + 11) * (double)FLT_EPSILON * native_abs_sum(f, type, rounded, row, n) + (double)FLT_MIN;
             const double error = fabs((double)f->y[r * f->y_stride + n] - (double)want);
             if (!(error <= bound))
                 fail_msg("type %d: y[%u][%u] differs from vec_dot by %g, bound %g", (int)f->w.type, r, n, error, bound);
         }
     }
     release(tile);
+    release(rounded);
     release(row);
     release(act);
     kvs_pool_free(pool);
@@ -303,11 +337,80 @@ static void check_native_ggml(struct fixture *f, enum ggml_type type)
 static void native_differs_from_ggml(void **state)
 {
     (void)state;
-    for (uint32_t i = 1; i <= 3; i++)
+    for (uint32_t i = 1; i + 1 < N_KINDS; i++)
         for (uint32_t s = 0; s < N_SHAPES; s++) {
+            if (!fits(&KINDS[i], &SHAPES[s]))
+                continue;
             struct fixture f = make_fixture(&KINDS[i], &SHAPES[s], kvs_hash3(2, i, s));
             check_native_ggml(&f, KINDS[i].ggml);
             free_fixture(&f);
+        }
+}
+
+/* Codes and d of every table equal ggml's q8_K bit for bit: f32 d, 256 codes, sums of sixteen. */
+static void k_quantiser_differs_from_ggml(void **state)
+{
+    (void)state;
+    enum { N_IN = 2048, SUPER = KVS_QBLOCK * KVS_SUPER_BLOCKS, BYTES = 4 + SUPER + SUPER / 16 * 2 };
+    kvs_rng rng = {9};
+    static float x[N_IN];
+    static struct kvs_act_block tile[N_IN / KVS_QBLOCK];
+    static uint8_t q8k[N_IN / SUPER * BYTES];
+    assert_int_equal(ggml_row_size(GGML_TYPE_Q8_K, N_IN), sizeof q8k);
+    kvs_kernels tables[4];
+    const uint32_t n_tables = isa_tables(tables);
+    for (uint32_t round = 0; round < 8; round++) {
+        for (uint32_t i = 0; i < N_IN; i++) {
+            x[i] = uniform(&rng) * exp2f((float)(round * 5) - 20.0f);
+            if (i / SUPER == 1) /* ties of the rounding, and of the magnitude: the first of +-127 gives the sign */
+                x[i] = i % 97 == 3 ? (i % 2 ? 127.0f : -127.0f) : (float)kvs_rng_below(&rng, 250) - 124.5f;
+            if (i / SUPER == 2 && i % 3 != 0)
+                x[i] = 0.0f;
+        }
+        ggml_get_type_traits_cpu(GGML_TYPE_Q8_K)->from_float(x, q8k, N_IN);
+        for (uint32_t t = 0; t < n_tables; t++)
+            for (uint32_t row = 0; row < KVS_ACT_TILE; row += 7) {
+                tables[t].matmul->quantise_k(x, N_IN, tile, row);
+                for (uint32_t b = 0; b < N_IN / KVS_QBLOCK; b++) {
+                    const uint8_t *super = q8k + b / KVS_SUPER_BLOCKS * BYTES;
+                    const uint32_t sub = b % KVS_SUPER_BLOCKS;
+                    int16_t sums[2];
+                    memcpy(sums, super + 4 + SUPER + (size_t)sub * 4, sizeof sums);
+                    assert_memory_equal(&tile[b].d[row], super, sizeof(float));
+                    assert_memory_equal(tile[b].q[row], super + 4 + (size_t)sub * KVS_QBLOCK, KVS_QBLOCK);
+                    assert_int_equal(tile[b].sum_half[row], sums[0]);
+                    assert_int_equal(tile[b].sum[row], sums[0] + sums[1]);
+                    if (b % 2 == 0)
+                        assert_int_equal(tile[b].sum_pair[row], kvs_sum_pair(tile[b].sum[row], tile[b + 1].sum[row]));
+                }
+            }
+    }
+}
+
+/* Every bfloat, floats around the borders of rounding and NaN: the twin against ggml, each table against the twin. */
+static void rounding_is_wrong(void **state)
+{
+    (void)state;
+    enum { N = 4099 }; /* no multiple of a vector */
+    static float x[N], want[N], got[N];
+    kvs_kernels tables[4];
+    const uint32_t n_tables = isa_tables(tables);
+    for (uint32_t part = 0; part < 16; part++)
+        for (uint32_t type = KVS_WEIGHT_F16; type <= KVS_WEIGHT_BF16; type++) {
+            for (uint32_t i = 0; i < N; i++) {
+                static const uint32_t tails[] = {0, 1, 0x7fff, 0x8000, 0x8001, 0x1000, 0x0fff, 0x1001};
+                const uint32_t bits = ((part * 4096 + i) & 0xffffu) << 16 | tails[kvs_rng_below(&(kvs_rng){i}, 8)];
+                memcpy(&x[i], &bits, sizeof bits);
+                if (isnan(x[i])) /* payloads differ between conversions */
+                    x[i] = NAN;
+                want[i] = type == KVS_WEIGHT_F16 ? ggml_fp16_to_fp32(ggml_fp32_to_fp16(x[i]))
+                                                 : ggml_bf16_to_fp32(ggml_fp32_to_bf16(x[i]));
+            }
+            for (uint32_t t = 0; t < n_tables; t++) {
+                tables[t].matmul->round((kvs_weight_type)type, x, N, got);
+                for (uint32_t i = 0; i < N; i++)
+                    assert_true(memcmp(&got[i], &want[i], sizeof(float)) == 0 || (isnan(got[i]) && isnan(want[i])));
+            }
         }
 }
 
@@ -355,43 +458,42 @@ static void quantiser_differs_from_ggml(void **state)
     }
 }
 
-/* Codes of +-127 against 0, 15, -128 and 127: the corners where 16-bit sums would saturate. */
+/* Codes of +-127 against the least and the largest of every type: the corners where 16-bit sums would saturate. */
 static void extreme_codes_saturate(void **state)
 {
     (void)state;
-    enum { N_IN = 64, N_OUT = 16, BYTES = N_OUT * N_IN / KVS_QBLOCK * 34 };
+    enum { N_IN = 512, N_OUT = 16 };
     static const uint8_t fills[] = {0x00, 0xff, 0x80, 0x7f, 0x0f, 0xf0};
     kvs_kernels tables[4];
     const uint32_t n_tables = isa_tables(tables);
     kvs_pool *pool = kvs_pool_create(kvs_allocator_default(), 1);
-    for (uint32_t i = 1; i <= 3; i++)
-        for (size_t fill = 0; fill < sizeof fills; fill++) {
+    for (uint32_t i = 0; i < N_KINDS; i++)
+        for (size_t fill = 0; fill < sizeof fills && kvs_code_bits(KINDS[i].type) != 0; fill++) {
             struct fixture f = make_fixture(&KINDS[i], &(struct shape){N_OUT, N_IN}, 3);
             uint8_t *raw = (uint8_t *)(uintptr_t)f.w.raw;
-            const size_t block = ggml_type_size(KINDS[i].ggml), head = i == 2 ? 4 : 2;
-            for (size_t b = 0; b < N_OUT * N_IN / KVS_QBLOCK; b++)
-                memset(raw + b * block + head, fills[fill], block - head);
+            /* all but the f16: in front, in Q6_K behind */
+            const size_t block = ggml_type_size(KINDS[i].ggml), q6_k = KINDS[i].type == KVS_WEIGHT_Q6_K;
+            const size_t head = q6_k ? 0 : kvs_has_min(KINDS[i].type) ? 4 : 2, tail = q6_k ? 2 : 0;
+            for (size_t b = 0; b < N_OUT * f.w.raw_row_bytes / block; b++)
+                memset(raw + b * block + head, fills[fill], block - head - tail);
+            memset(f.w.packed, 0, f.w.packed_bytes);
             kvs_weight_pack(&f.w, raw, 0, N_OUT);
             for (uint32_t k = 0; k < f.x_stride * MAX_ROWS; k++)
                 f.x[k] = k / f.x_stride % 2 ? -1.0f : 1.0f;
             multiply(&tables[0], pool, &f, true, f.x, f.ref, MAX_ROWS);
-            /* 32 equal products, so the block's integer sum is known in closed form through the widened row. */
-            float row[N_IN];
+            /* All activations are 1, so the product is the sum of the widened row. d = f16(1 / 127) is within 2^-11 of
+             * 1 / 127, s likewise; codes are exact. m and d q partly cancel in the widened weight, so the bound counts
+             * both. */
+            float row[N_IN], d, m;
             kvs_weight_row(&f.w, 3, row);
-            double want = 0, abs_want = 0;
+            const struct kvs_panels p = kvs_weight_panels(&f.w, 0, 1);
+            double want = 0, magnitude = 0;
             for (uint32_t k = 0; k < N_IN; k++) {
+                kvs_panel_scales_at(&p, p.base, k, 3, &d, &m);
                 want += (double)row[k];
-                abs_want += fabs((double)row[k]);
+                magnitude += fabs((double)row[k]) + 2 * fabs((double)m);
             }
-            /* d = f16(1 / 127) is within 2^-11 of 1 / 127, s likewise; codes are exact. m and d q partly cancel in
-             * the widened weight, so the bound counts 15 |d| per element besides. */
-            double slack = 0;
-            for (uint32_t b = 0; b < N_IN / KVS_QBLOCK; b++) {
-                uint16_t half[2];
-                memcpy(half, raw + (3 * N_IN / KVS_QBLOCK + b) * block, sizeof half);
-                slack += KVS_QBLOCK * 2 * 15 * fabs((double)kvs_half_to_float(half[0]));
-            }
-            assert_true(fabs((double)f.ref[3] - want) <= 0x1p-10 * (abs_want + slack));
+            assert_true(fabs((double)f.ref[3] - want) <= 0x1p-10 * magnitude);
             for (uint32_t t = 0; t < n_tables; t++) {
                 fill_nan(&f, f.y);
                 multiply(&tables[t], pool, &f, true, f.x, f.y, MAX_ROWS);
@@ -402,14 +504,14 @@ static void extreme_codes_saturate(void **state)
     kvs_pool_free(pool);
 }
 
-/* 1 ulp of the larger of the two terms: ggml rounds q * d before it adds m, we fuse. */
+/* Scales times codes are exact in f32, so that one rounding is left to us and to ggml: the bits are the same. */
 static void weight_row_differs_from_ggml(void **state)
 {
     (void)state;
     for (uint32_t i = 1; i < N_KINDS; i++) {
-        const struct shape shape = {49, 576};
+        const struct shape shape = {49, 768};
         struct fixture f = make_fixture(&KINDS[i], &shape, 11);
-        float got[576], from_raw[576], want[576];
+        float got[768], from_raw[768], want[768];
         for (uint32_t n = 0; n < shape.n_out; n++) {
             const uint8_t *raw = (const uint8_t *)f.w.raw + n * f.w.raw_row_bytes;
             ggml_get_type_traits(KINDS[i].ggml)->to_float(raw, want, shape.n_in);
@@ -418,13 +520,8 @@ static void weight_row_differs_from_ggml(void **state)
             no_packed.packed = NULL;
             kvs_weight_row(&no_packed, n, from_raw);
             assert_memory_equal(got, from_raw, sizeof got);
-            for (uint32_t k = 0; k < shape.n_in; k++) {
-                uint16_t m = 0;
-                if (i == 2)
-                    memcpy(&m, raw + k / KVS_QBLOCK * 20 + 2, sizeof m);
-                const float scale = fmaxf(fabsf(want[k]), fabsf(want[k] - kvs_half_to_float(m)));
-                assert_true(i == 2 ? fabsf(got[k] - want[k]) <= FLT_EPSILON * scale : got[k] == want[k]);
-            }
+            for (uint32_t k = 0; k < shape.n_in; k++)
+                assert_true(got[k] == want[k]);
         }
         free_fixture(&f);
     }
@@ -468,6 +565,8 @@ int main(void)
         cmocka_unit_test(f32_leaves_its_bound),
         cmocka_unit_test(native_differs_from_ggml),
         cmocka_unit_test(quantiser_differs_from_ggml),
+        cmocka_unit_test(k_quantiser_differs_from_ggml),
+        cmocka_unit_test(rounding_is_wrong),
         cmocka_unit_test(extreme_codes_saturate),
         cmocka_unit_test(weight_row_differs_from_ggml),
         cmocka_unit_test(half_conversion_is_wrong),

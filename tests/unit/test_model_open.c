@@ -455,8 +455,11 @@ static void test_rows_land_where_the_forward_pass_reads_them(void **state)
     check_binding(GGML_TYPE_Q4_0, same, true, true);
     check_binding(GGML_TYPE_Q4_1, same, true, true);
     check_binding(GGML_TYPE_Q8_0, same, true, true);
-    check_binding(GGML_TYPE_F16, same, false, false); /* no packed form: kept apart */
-    check_binding(GGML_TYPE_Q5_0, same, false, false);
+    check_binding(GGML_TYPE_F16, same, true, true);
+    check_binding(GGML_TYPE_BF16, same, true, true);
+    check_binding(GGML_TYPE_Q5_0, same, true, true);
+    check_binding(GGML_TYPE_Q5_1, same, true, true);
+    check_binding(GGML_TYPE_IQ4_NL, same, false, false);        /* no packed form: kept apart */
     check_binding(GGML_TYPE_Q4_1, GGML_TYPE_Q8_0, false, true); /* as mixed quantisations have it */
     check_binding(GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, false, true);
 }
@@ -466,7 +469,7 @@ static void test_types_without_packing_carry_ggmls_functions(void **state)
     (void)state;
     tiny_options o;
     tiny_defaults(&o);
-    o.type = GGML_TYPE_Q5_0;
+    o.type = GGML_TYPE_IQ4_NL;
     kvs_model *m = open_tiny(&o, NULL);
     const kvs_weight *w = &m->layers[1].ffn_down;
     assert_int_equal(w->type, KVS_WEIGHT_OTHER);
