@@ -1,8 +1,9 @@
 /* What the author of a cache policy sees. Unstable until 1.0: check KVS_POLICY_ABI.
  *
  * A policy answers two questions and moves no bytes: what is each held slot worth (score), and how many should stay
- * (target). The pipeline does the rest: it decides when to ask (schedule), protects what must stay, selects the best,
- * drops the others for all layers at once, and gives the kept keys their positions (docs/architecture.md).
+ * (target). The pipeline does the rest: it decides when to ask (schedule), says what attention showed (observe), lets a
+ * second scorer rescale the first (rescore), shares the room out over heads (budget), protects what must stay, selects
+ * the best, drops the others for all layers at once, and gives the kept keys their positions (docs/architecture.md).
  */
 #ifndef KVASIR_POLICY_H
 #define KVASIR_POLICY_H
@@ -13,16 +14,24 @@
 extern "C" {
 #endif
 
-#define KVS_POLICY_ABI 1
+#define KVS_POLICY_ABI 2
 
 enum { KVS_POLICY_PARAMS_MAX = 16 };
 
-/* What a view must carry: costly inputs are recorded only when a policy needs them. */
+/* What a view must carry: costly inputs are recorded or read only when a policy needs them. */
 enum {
     KVS_POLICY_NEEDS_MASS_LAST = 1u << 0, /* attention mass of the latest forward: a prompt, or one decoded token */
     KVS_POLICY_NEEDS_MASS_SUM = 1u << 1,  /* attention mass since the slot was written */
     KVS_POLICY_NEEDS_MASS_EMA = 1u << 2,
     KVS_POLICY_NEEDS_MASS_MAX = 1u << 3,
+    KVS_POLICY_NEEDS_CARRY = 1u << 4,    /* one f32 a slot of the policy's own, from one eviction to the next */
+    KVS_POLICY_NEEDS_KEYS = 1u << 5,     /* keys as they stand: rotated to rope_pos */
+    KVS_POLICY_NEEDS_KEYS_RAW = 1u << 6, /* keys before rotation */
+    KVS_POLICY_NEEDS_VALUES = 1u << 7,
+    KVS_POLICY_NEEDS_WINDOW = 1u << 8,       /* attention of the newest rows: window_of says how many */
+    KVS_POLICY_NEEDS_LOGITS = 1u << 9,       /* and its scores before the softmax */
+    KVS_POLICY_NEEDS_QUERY_STATS = 1u << 10, /* mean and second moment of all queries so far, before rotation */
+    KVS_POLICY_NEEDS_OUT_NORM = 1u << 11,    /* |W_o v|_1 of each slot and query head */
 };
 
 /* Who shares one keep set. */
@@ -32,18 +41,38 @@ typedef enum kvs_policy_scope {
     KVS_SCOPE_HEAD,       /* each (layer, KV head) its own */
 } kvs_policy_scope;
 
-/* One (layer, KV head), read-only. Arrays [n_slots], ascending pos. */
+/* One (layer, KV head), read-only. Arrays [n_slots], ascending pos; NULL unless needed. */
 typedef struct kvs_policy_view {
     uint32_t layer, kv_head, n_layers, n_kv_heads;
     uint32_t group; /* query heads that share this KV head */
+    uint32_t head_dim;
     uint32_t n_slots;
+    uint32_t n_keep;  /* how many the even share of the budget keeps, protected ones included */
     int64_t n_tokens; /* said so far; every pos is below it */
     const int32_t *pos, *rope_pos;
     const int32_t *token;
     const uint8_t *flags; /* KVS_TOKEN_* */
-    /* Attention mass: summed over the group's query heads and over rows (LAST, SUM); NULL unless needed. */
+    /* Attention mass: summed over the group's query heads and over rows (LAST, SUM). */
     const float *mass_sum, *mass_ema, *mass_max;
-    uint64_t seed, event; /* for random policies: this session's seed, how many evictions came before */
+    float *carry;                          /* in and out: 0 for a slot that no eviction has seen; moves with the slot */
+    const float *keys, *keys_raw, *values; /* [n_slots][head_dim] f32 */
+    /* The newest n_window rows that ran, oldest first. window_prob[(r * group + g) * n_slots + i] is what query head g
+     * of row r gives slot i: a softmax over the slots held now that are not newer than the row; 0 for those that are.
+     * window_logit: the scores before it, q k / sqrt(head_dim), -inf there. window_query: rotated to where the row's
+     * token stands now, [n_window][group][head_dim]. n_window may be less than asked for, and 0. */
+    uint32_t n_window;
+    const int32_t *window_pos; /* [n_window] pos of the rows */
+    const float *window_prob, *window_logit, *window_query;
+    /* Queries before rotation, of all rows so far but those of the first 4 tokens: sums of x and of x x^T. */
+    uint64_t n_queries;
+    const double *query_sum;    /* [group][head_dim] */
+    const double *query_square; /* [group][head_dim][head_dim], lower triangle */
+    const double *rope_theta;   /* [n_freq] radians a position; dims 2i, 2i + 1 turn together */
+    uint32_t n_freq;
+    int32_t rope_next;     /* where the next token will stand */
+    const float *out_norm; /* [group][n_slots] */
+    float *work;           /* [work_of()] f32, this call's own; contents undefined */
+    uint64_t seed, event;  /* for random policies: this session's seed, how many evictions came before */
 } kvs_policy_view;
 
 typedef struct kvs_policy_ops {
@@ -53,21 +82,34 @@ typedef struct kvs_policy_ops {
     const char *exactness; /* "exact", "exact, except ...", "reconstructed: ..." */
     const char *schedule;  /* default schedule, e.g. "full", "step" */
     const char *position;  /* default position mode */
+    const char *budget;    /* default budget stage, e.g. "pyramid:beta=20"; NULL: uniform */
+    const char *rescore;   /* default second scorer; NULL: none */
+    const char *select;    /* default unit of selection, e.g. "chunk:length=10"; NULL: token */
     kvs_policy_scope scope;
     uint32_t needs;
     bool never_evicts;            /* the baseline: what does not fit is an error */
     const char *keep;             /* default keep, "0.99" or "766tok"; NULL: the budget less one chunk */
     const kvs_param_info *params; /* [n_params]; values reach the functions in this order */
     uint32_t n_params;
-    /* Higher stays. scores [n_slots] f32; NaN counts as lowest. Pure: the same view gives the same scores. */
+    /* Higher stays. scores [n_slots] f32; NaN counts as lowest. The same view gives the same scores; only carry is
+     * written besides. Heads are scored on several threads at once. */
     void (*score)(const double *params, const kvs_policy_view *view, float *scores);
+    /* Once all heads of a layer are scored, with views [n_kv_heads] (without keys, values, window) and their scores:
+     * for scores that compare or mix heads. NULL: none. */
+    void (*score_layer)(const double *params, const kvs_policy_view *views, float *const *scores);
     /* How many to keep of view->n_slots; n_default is what `keep` says. NULL: n_default. */
     uint32_t (*target)(const double *params, const kvs_policy_view *view, uint32_t n_default);
     /* Needs that depend on parameters, added to `needs`; NULL: none. */
     uint32_t (*needs_of)(const double *params);
     /* Scope by parameters; NULL: scope. */
     kvs_policy_scope (*scope_of)(const double *params);
+    /* Rows of the window, 1 to KVS_POLICY_WINDOW_MAX; NULL without KVS_POLICY_NEEDS_WINDOW. */
+    uint32_t (*window_of)(const double *params);
+    /* f32 elements of view->work for a head of n_slots; NULL: 0. */
+    size_t (*work_of)(const double *params, uint32_t n_slots, uint32_t head_dim);
 } kvs_policy_ops;
+
+enum { KVS_POLICY_WINDOW_MAX = 256 };
 
 #ifdef __cplusplus
 }

@@ -268,7 +268,7 @@ static kvs_status fork_due(play_state *s, uint32_t end, kvs_error *err)
             continue;
         kvs_policy policy;
         KVS_TRY(kvs_policy_parse(pl->spec->policy, pl->spec->position, s->p->opt->paper_compat, &policy, err));
-        const bool taps = kvs_policy_needs(&policy) != 0;
+        const bool taps = (kvs_policy_needs(&policy) & KVS_POLICY_NEEDS_MASS) != 0;
         if (pl->spec->first_tokens >= end) {
             trunk_needed |= taps;
             continue;

@@ -61,7 +61,7 @@ static kvs_cache *cache_new(const kvs_cache_config *config, uint32_t page_limit,
     c->value_offset_bytes = c->block_bytes / 2;
     c->page_side_bytes = side_bytes_of(config);
     c->page_limit = page_limit;
-    c->slot_cap = config->budget_tokens != 0 ? config->budget_tokens : UINT32_MAX;
+    c->slot_cap = config->budget_tokens != 0 && !config->ragged ? config->budget_tokens : UINT32_MAX;
     c->slots_max = config->slots_max != 0 ? config->slots_max : UINT32_MAX;
     c->n_entries = n_entries;
     c->pages = kvs_alloc(a, n_entries, sizeof *c->pages);
@@ -88,9 +88,9 @@ static kvs_cache *cache_new(const kvs_cache_config *config, uint32_t page_limit,
 
 static kvs_status page_limit_of(const kvs_cache_config *config, uint32_t *out, kvs_error *err)
 {
-    if (config->head_dim > KVS_CACHE_HEAD_DIM_MAX)
+    if (config->head_dim > KVS_HEAD_DIM_MAX)
         return kvs_error_set(err, KVS_EUNSUPPORTED, "head size %u is over the largest, %d", config->head_dim,
-                             KVS_CACHE_HEAD_DIM_MAX);
+                             KVS_HEAD_DIM_MAX);
     const uint64_t n_heads = (uint64_t)config->n_layers * config->n_kv_heads;
     uint64_t pages = config->budget_bytes != 0
                          ? pages_for_bytes(config, config->budget_bytes)
@@ -230,6 +230,11 @@ uint32_t kvs_cache_room(const kvs_cache *c)
     /* As many as fit if every head were dense: what append can reach by compacting. */
     const uint64_t slots = (uint64_t)c->page_limit * KVS_PAGE_SLOTS;
     uint32_t low = 0, high = slots < cap - live_max ? (uint32_t)slots : cap - live_max;
+    if (c->config.ragged && c->config.budget_tokens != 0) {
+        const uint64_t all = (uint64_t)c->config.budget_tokens * c->n_heads;
+        const uint64_t left = all > c->n_live_total ? (all - c->n_live_total) / c->n_heads : 0;
+        high = left < high ? (uint32_t)left : high;
+    }
     while (low < high) {
         const uint32_t n = low + (high - low + 1) / 2;
         uint64_t pages = 0;
@@ -501,6 +506,43 @@ void kvs_cache_read_slot(const kvs_cache *c, uint32_t layer, uint32_t head, uint
     }
 }
 
+/* Live slots of one page, from the to-th on: keys a tile of 16 slots at a time, transposed, values row by row. */
+static uint32_t read_page_kv(const kvs_cache *c, const kvs_kernels *k, uint32_t e, uint32_t to, float *keys,
+                             float *values)
+{
+    float tile[KVS_TILE_SLOTS * KVS_HEAD_DIM_MAX];
+    const uint32_t dh = c->config.head_dim;
+    const size_t n_tile = (size_t)KVS_TILE_SLOTS * dh, element = c->config.kv_f32 ? sizeof(float) : sizeof(uint16_t);
+    const uint8_t *const kp = kvs_page_keys(c, &c->pages[e]), *const vp = kvs_page_values(c, &c->pages[e]);
+    for (uint32_t t = 0; t < KVS_PAGE_SLOTS / KVS_TILE_SLOTS; t++) {
+        uint64_t bits = c->pages[e].live >> (t * KVS_TILE_SLOTS) & 0xffffu;
+        const float *src = (const float *)(const void *)(kp + t * n_tile * element);
+        if (keys != NULL && bits != 0 && !c->config.kv_f32) {
+            k->f16_to_f32(tile, (const uint16_t *)(const void *)(kp + t * n_tile * element), n_tile);
+            src = tile;
+        }
+        for (; bits != 0; bits &= bits - 1, to++) {
+            const uint32_t s = (uint32_t)__builtin_ctzll(bits);
+            const uint8_t *const row = vp + ((size_t)t * KVS_TILE_SLOTS + s) * dh * element;
+            for (uint32_t d = 0; keys != NULL && d < dh; d++)
+                keys[(size_t)to * dh + d] = src[(size_t)d * KVS_TILE_SLOTS + s];
+            if (values != NULL && c->config.kv_f32)
+                memcpy(values + (size_t)to * dh, row, dh * element);
+            else if (values != NULL)
+                k->f16_to_f32(values + (size_t)to * dh, (const uint16_t *)(const void *)row, dh);
+        }
+    }
+    return to;
+}
+
+void kvs_cache_read_kv(const kvs_cache *c, uint32_t layer, uint32_t head, float *keys, float *values)
+{
+    const kvs_kernels *const k = kvs_kernels_get(kvs_cpu_masked(0));
+    uint32_t to = 0;
+    for (uint32_t e = kvs_cache_head(c, layer, head)->first; e != KVS_NO_PAGE; e = c->pages[e].next)
+        to = read_page_kv(c, k, e, to, keys, values);
+}
+
 /* ---- changing what is held ---- */
 
 /* Gives back pages without live slots; the tail keeps its fill, since the next slot goes behind it. */
@@ -625,6 +667,13 @@ void kvs_cache_zero_side(kvs_cache *c, uint32_t which)
     for (uint32_t i = 0; i < c->n_heads; i++)
         for (uint32_t e = c->heads[i].first; e != KVS_NO_PAGE; e = c->pages[e].next)
             memset(c->side[which] + (size_t)e * KVS_PAGE_SLOTS, 0, KVS_PAGE_SLOTS * sizeof(float));
+}
+
+void kvs_cache_write_side(kvs_cache *c, uint32_t layer, uint32_t head, uint32_t which, const float *values)
+{
+    for (uint32_t e = kvs_cache_head(c, layer, head)->first; e != KVS_NO_PAGE; e = c->pages[e].next)
+        for (uint64_t bits = c->pages[e].live; bits != 0; bits &= bits - 1)
+            c->side[which][(size_t)e * KVS_PAGE_SLOTS + (uint32_t)__builtin_ctzll(bits)] = *values++;
 }
 
 bool kvs_cache_is_sparse(const kvs_cache *c, uint32_t layer, uint32_t head)

@@ -13,8 +13,10 @@
 #include "base/base.h"
 #include "kernels/kernels.h"
 
-/* Accumulators a policy may ask for, one f32 a slot each. */
-enum { KVS_SIDE_SUM = 0, KVS_SIDE_EMA = 1, KVS_SIDE_MAX = 2, KVS_SIDE_COUNT = 3 };
+/* Accumulators a policy may ask for, one f32 a slot each; carry is the policy's own, the others are attention's. */
+enum { KVS_SIDE_SUM = 0, KVS_SIDE_EMA = 1, KVS_SIDE_MAX = 2, KVS_SIDE_CARRY = 3, KVS_SIDE_COUNT = 4 };
+
+enum { KVS_HEAD_DIM_MAX = 512 }; /* rows on the stack: of a snapshot, of rotations */
 
 typedef struct kvs_cache_config {
     uint32_t n_layers, n_kv_heads, head_dim;
@@ -23,6 +25,7 @@ typedef struct kvs_cache_config {
     uint64_t budget_bytes;  /* 0: from budget_tokens */
     uint32_t budget_tokens; /* slots in every head; 0: from budget_bytes */
     uint32_t slots_max;     /* live slots of one head at most: sizes scratch; 0: as many as there are pages for */
+    bool ragged;            /* budget_tokens bounds the mean over heads, not each head */
     const kvs_allocator *allocator;
 } kvs_cache_config;
 
@@ -81,6 +84,8 @@ typedef struct kvs_head_slots {
 uint32_t kvs_cache_read_head(const kvs_cache *c, uint32_t layer, uint32_t head, const kvs_head_slots *out);
 /* Key as written (not rotated) and value of live slot i: f32 [head_dim]; each may be NULL. */
 void kvs_cache_read_slot(const kvs_cache *c, uint32_t layer, uint32_t head, uint32_t i, float *key, float *value);
+/* The same for all live slots: f32 [n_live][head_dim] each; either may be NULL. */
+void kvs_cache_read_kv(const kvs_cache *c, uint32_t layer, uint32_t head, float *keys, float *values);
 
 /* ---- changing what is held ---- */
 
@@ -91,6 +96,8 @@ void kvs_cache_set_rope(kvs_cache *c, uint32_t layer, uint32_t head, const int32
 /* Drops live slots with pos >= pos_end from every head and steps next_rope back by as many. */
 void kvs_cache_truncate(kvs_cache *c, int32_t pos_end);
 void kvs_cache_zero_side(kvs_cache *c, uint32_t which);
+/* Sets accumulator `which` (one of side_mask) of the live slots of a head: values [n_live], in live order. */
+void kvs_cache_write_side(kvs_cache *c, uint32_t layer, uint32_t head, uint32_t which, const float *values);
 /* Moves the slots of a head together; returns the pages given back. */
 uint32_t kvs_cache_compact(kvs_cache *c, uint32_t layer, uint32_t head);
 /* So many dead slots that moving the rest together pays: attention reads them too. */

@@ -9,8 +9,6 @@
 
 #define KVS_NO_PAGE UINT32_MAX
 
-enum { KVS_CACHE_HEAD_DIM_MAX = 512 }; /* rows on the stack: of a snapshot, of attention's rotations */
-
 /* The blocks one cache brought: as many as its budget allows. Guarded by the store's lock. */
 typedef struct kvs_block_pool {
     struct kvs_block_pool *next;

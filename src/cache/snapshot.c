@@ -107,7 +107,7 @@ static void get_halves(reader *r, float *x, uint32_t n, bool f32)
 
 static void write_head(const kvs_cache *c, const kvs_head *h, writer *w)
 {
-    float key[KVS_CACHE_HEAD_DIM_MAX], value[KVS_CACHE_HEAD_DIM_MAX];
+    float key[KVS_HEAD_DIM_MAX], value[KVS_HEAD_DIM_MAX];
     const uint32_t dh = c->config.head_dim;
     put_u32(w, h->n_live);
     put_u32(w, (uint32_t)h->next_rope);
@@ -228,7 +228,7 @@ static kvs_status check_snapshot(const kvs_cache *c, reader r, const kvs_snapsho
 
 static void read_head(kvs_cache *c, kvs_head *h, reader *r)
 {
-    float key[KVS_CACHE_HEAD_DIM_MAX], value[KVS_CACHE_HEAD_DIM_MAX];
+    float key[KVS_HEAD_DIM_MAX], value[KVS_HEAD_DIM_MAX];
     const uint32_t dh = c->config.head_dim;
     h->n_live = h->n_physical = get_u32(r);
     h->next_rope = (int32_t)get_u32(r);

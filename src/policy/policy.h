@@ -23,9 +23,61 @@ typedef struct kvs_protect {
     bool system, template_markers, pinned;
 } kvs_protect;
 
+/* Every need that is recorded while rows run, a slot at a time. */
+enum {
+    KVS_POLICY_NEEDS_MASS =
+        KVS_POLICY_NEEDS_MASS_LAST | KVS_POLICY_NEEDS_MASS_SUM | KVS_POLICY_NEEDS_MASS_EMA | KVS_POLICY_NEEDS_MASS_MAX
+};
+
+/* ---- the other stages: each has a registry of choices, one file a choice ---- */
+
+/* What every choice of a stage tells about itself. */
+typedef struct kvs_choice_info {
+    const char *name, *doc, *source, *exactness;
+    const kvs_param_info *params; /* [n_params] */
+    uint32_t n_params;
+} kvs_choice_info;
+
+/* Stage rescore: a second scorer that reads the first one's scores and replaces them, for one (layer, KV head). */
+typedef struct kvs_rescore_ops {
+    kvs_choice_info info;
+    uint32_t needs;
+    void (*rescore)(const double *params, const kvs_policy_view *view, float *scores);
+    uint32_t (*window_of)(const double *params); /* as kvs_policy_ops */
+    size_t (*work_of)(const double *params, uint32_t n_slots, uint32_t head_dim);
+} kvs_rescore_ops;
+
+/* Stage budget: how many slots each head keeps, their sum being that of the even shares. All heads [n_layers *
+ * n_kv_heads], layer by layer. */
+typedef struct kvs_budget_view {
+    uint32_t n_layers, n_kv_heads;
+    const uint32_t *n_slots, *n_protected, *n_even; /* held, hard-protected, and kept if all heads were equal */
+    const float *scores;                            /* [head][stride]; hard-protected slots are +inf */
+    size_t stride;
+    uint32_t *keys; /* [heads * stride] scratch */
+} kvs_budget_view;
+typedef struct kvs_budget_ops {
+    kvs_choice_info info;
+    kvs_policy_scope scope; /* the finest sets it can share out to: KVS_SCOPE_LAYER keeps a layer's heads equal */
+    uint32_t share_max;     /* even shares that one head can get; 0: as many as a layer has KV heads */
+    void (*allocate)(const double *params, const kvs_budget_view *view, uint32_t *n_keep);
+} kvs_budget_ops;
+
+/* Stage select: slots that stay or go together. unit [n_slots] u32: ascending numbers, equal for slots of one unit. */
+typedef struct kvs_select_ops {
+    kvs_choice_info info;
+    void (*units)(const double *params, const kvs_policy_view *view, uint32_t *unit);
+    uint32_t (*reuse_of)(const double *params); /* layers in a row that share the first one's keep sets; NULL: 1 */
+} kvs_select_ops;
+
 typedef struct kvs_policy {
     const kvs_policy_ops *ops;
     double params[KVS_POLICY_PARAMS_MAX]; /* of the preset, then the keep share (0: none) */
+    const kvs_rescore_ops *rescore;       /* NULL: none */
+    const kvs_budget_ops *budget;         /* NULL: even shares */
+    const kvs_select_ops *select;         /* NULL: single tokens */
+    double rescore_params[KVS_POLICY_PARAMS_MAX], budget_params[KVS_POLICY_PARAMS_MAX],
+        select_params[KVS_POLICY_PARAMS_MAX];
     kvs_schedule_kind schedule;
     uint64_t schedule_value; /* bytes, tokens or n */
     double keep_ratio;       /* > 0: share of what is there */
@@ -45,6 +97,10 @@ kvs_status kvs_size_parse(const char *text, uint64_t *bytes, uint64_t *tokens, k
 
 uint32_t kvs_policy_needs(const kvs_policy *p);
 kvs_policy_scope kvs_policy_scope_of(const kvs_policy *p);
+uint32_t kvs_policy_window(const kvs_policy *p);                                  /* rows; 0: none wanted */
+size_t kvs_policy_work(const kvs_policy *p, uint32_t n_slots, uint32_t head_dim); /* f32 elements */
+/* Whether heads may come to hold different numbers of slots. */
+bool kvs_policy_is_ragged(const kvs_policy *p);
 /* Slots to keep of n_slots (a share rounds down, as the paper's script does); n_full is what an absent `keep` means.
  * At least 1 and at least what is hard-protected; n_slots or more means nothing to do. */
 uint32_t kvs_policy_target(const kvs_policy *p, const kvs_policy_view *view, uint32_t n_full);
@@ -52,6 +108,10 @@ uint32_t kvs_policy_target(const kvs_policy *p, const kvs_policy_view *view, uin
 /* The registry: the only list of policies. */
 const kvs_policy_ops *kvs_policy_find(const char *name);
 const kvs_policy_ops *kvs_policy_at(uint32_t index); /* NULL past the end */
+/* The choices of the other stages; NULL past the end. */
+const kvs_rescore_ops *kvs_rescore_at(uint32_t index);
+const kvs_budget_ops *kvs_budget_at(uint32_t index);
+const kvs_select_ops *kvs_select_at(uint32_t index);
 
 /* ---- selection ---- */
 
@@ -62,7 +122,28 @@ const kvs_policy_ops *kvs_policy_at(uint32_t index); /* NULL past the end */
  * what; keep is then unspecified. */
 kvs_status kvs_select(const kvs_protect *protect, const kvs_policy_view *view, const float *scores, uint32_t n_keep,
                       uint8_t *keep, uint64_t *scratch, kvs_error *err);
+/* The same by units (unit [n] u32 as kvs_select_ops makes them): whole units only, by the mean score of their unprotected slots,
+ * as long as they fit; what is hard-protected stays by itself. At most n_keep stay. scratch: [3 n] u64. */
+kvs_status kvs_select_by_units(const kvs_protect *protect, const kvs_policy_view *view, const float *scores,
+                               const uint32_t *unit, uint32_t n_keep, uint8_t *keep, uint64_t *scratch, kvs_error *err);
 /* How many of the view's slots are hard-protected. */
 uint32_t kvs_protected_count(const kvs_protect *protect, const kvs_policy_view *view);
+/* Sets the scores of hard-protected slots to +inf. */
+void kvs_protected_mark(const kvs_protect *protect, const kvs_policy_view *view, float *scores);
+
+/* A float's bits in an order where larger unsigned means larger float; NaN below everything, -0 equal to 0. */
+uint32_t kvs_score_key(float score);
+/* The k-th largest of n keys, 1 <= k <= n; *n_ties becomes how many of those equal to it are among the k largest. */
+uint32_t kvs_kth_largest(const uint32_t *keys, uint32_t n, uint32_t k, uint32_t *n_ties);
+
+/* ---- what scorers share ---- */
+
+/* 1-D pooling over n scores, odd kernel, zero padding; average divides by kernel at the borders too (torch's default). */
+void kvs_pool_average(const float *in, uint32_t n, uint32_t kernel, float *out);
+void kvs_pool_max(const float *in, uint32_t n, uint32_t kernel, float *out);
+/* out[i] = mean over the group and the window's rows of the probability slot i gets; 0 with an empty window. */
+void kvs_window_mean(const kvs_policy_view *view, float *out);
+/* Slots newer than the oldest row of the window, which scorers by window keep: their number. */
+uint32_t kvs_window_slots(const kvs_policy_view *view);
 
 #endif

@@ -14,7 +14,19 @@
     X(sliding_window_gist)                                                                                             \
     X(sliding_window_gist_attentive)                                                                                   \
     X(streaming)                                                                                                       \
-    X(llama_context_shift)
+    X(llama_context_shift)                                                                                             \
+    X(snapkv)                                                                                                          \
+    X(h2o)                                                                                                             \
+    X(knorm)
+
+#define KVS_RESCORES(X) X(caote)
+
+#define KVS_BUDGETS(X)                                                                                                 \
+    X(pyramid)                                                                                                         \
+    X(ada)                                                                                                             \
+    X(global)
+
+#define KVS_SELECTS(X) X(chunk)
 
 #define KVS_POLICY_DECLARE(name) extern const kvs_policy_ops kvs_policy_##name;
 KVS_POLICIES(KVS_POLICY_DECLARE)
@@ -22,6 +34,34 @@ KVS_POLICIES(KVS_POLICY_DECLARE)
 static const kvs_policy_ops *const policies[] = {KVS_POLICIES(KVS_POLICY_ENTRY)};
 
 enum { N_POLICIES = sizeof policies / sizeof *policies };
+
+#define KVS_RESCORE_DECLARE(name) extern const kvs_rescore_ops kvs_rescore_##name;
+#define KVS_RESCORE_ENTRY(name)   &kvs_rescore_##name,
+#define KVS_BUDGET_DECLARE(name)  extern const kvs_budget_ops kvs_budget_##name;
+#define KVS_BUDGET_ENTRY(name)    &kvs_budget_##name,
+#define KVS_SELECT_DECLARE(name)  extern const kvs_select_ops kvs_select_##name;
+#define KVS_SELECT_ENTRY(name)    &kvs_select_##name,
+KVS_RESCORES(KVS_RESCORE_DECLARE)
+KVS_BUDGETS(KVS_BUDGET_DECLARE)
+KVS_SELECTS(KVS_SELECT_DECLARE)
+static const kvs_rescore_ops *const rescores[] = {KVS_RESCORES(KVS_RESCORE_ENTRY)};
+static const kvs_budget_ops *const budgets[] = {KVS_BUDGETS(KVS_BUDGET_ENTRY)};
+static const kvs_select_ops *const selects[] = {KVS_SELECTS(KVS_SELECT_ENTRY)};
+
+const kvs_rescore_ops *kvs_rescore_at(uint32_t index)
+{
+    return index < sizeof rescores / sizeof *rescores ? rescores[index] : NULL;
+}
+
+const kvs_budget_ops *kvs_budget_at(uint32_t index)
+{
+    return index < sizeof budgets / sizeof *budgets ? budgets[index] : NULL;
+}
+
+const kvs_select_ops *kvs_select_at(uint32_t index)
+{
+    return index < sizeof selects / sizeof *selects ? selects[index] : NULL;
+}
 
 const kvs_policy_ops *kvs_policy_at(uint32_t index)
 {
@@ -44,17 +84,30 @@ uint32_t kvs_policy_count(void)
 /* With the parameters' defaults. */
 static const char *needs_text(const kvs_policy_ops *ops)
 {
-    double params[KVS_POLICY_PARAMS_MAX] = {0};
-    for (uint32_t i = 0; i < ops->n_params; i++)
-        params[i] = ops->params[i].value;
-    const uint32_t needs = ops->needs | (ops->needs_of == NULL ? 0 : ops->needs_of(params));
-    if (needs & KVS_POLICY_NEEDS_MASS_EMA)
-        return "attention mass, moving average";
-    if (needs & KVS_POLICY_NEEDS_MASS_SUM)
-        return "attention mass, sum";
-    if (needs & KVS_POLICY_NEEDS_MASS_MAX)
-        return "attention mass, maximum";
-    return needs & KVS_POLICY_NEEDS_MASS_LAST ? "attention mass of the latest forward" : "nothing";
+    kvs_policy p;
+    const uint32_t needs = kvs_policy_parse(ops->name, NULL, false, &p, NULL) == KVS_OK ? kvs_policy_needs(&p) : 0;
+    static const struct {
+        uint32_t bit;
+        const char *text;
+    } words[] = {
+        {KVS_POLICY_NEEDS_MASS_LAST, "attention mass of the latest forward"},
+        {KVS_POLICY_NEEDS_MASS_SUM, "attention mass, sum"},
+        {KVS_POLICY_NEEDS_MASS_EMA, "attention mass, moving average"},
+        {KVS_POLICY_NEEDS_MASS_MAX, "attention mass, maximum"},
+        {KVS_POLICY_NEEDS_WINDOW, "attention of the newest rows"},
+        {KVS_POLICY_NEEDS_QUERY_STATS, "mean and covariance of queries"},
+        {KVS_POLICY_NEEDS_KEYS | KVS_POLICY_NEEDS_KEYS_RAW, "keys"},
+        {KVS_POLICY_NEEDS_VALUES, "values"},
+        {KVS_POLICY_NEEDS_OUT_NORM, "output projection"},
+        {KVS_POLICY_NEEDS_CARRY, "a number of its own a slot"},
+    };
+    static _Thread_local char text[256];
+    size_t at = 0;
+    snprintf(text, sizeof text, "nothing");
+    for (size_t i = 0; i < sizeof words / sizeof *words; i++)
+        if (needs & words[i].bit && at < sizeof text)
+            at += (size_t)snprintf(text + at, sizeof text - at, "%s%s", at == 0 ? "" : "; ", words[i].text);
+    return text;
 }
 
 bool kvs_policy_get_info(uint32_t index, kvs_policy_info *info)
@@ -64,10 +117,10 @@ bool kvs_policy_get_info(uint32_t index, kvs_policy_info *info)
     if (ops == NULL)
         return false;
     static const char *const scopes[] = {"shared", "layer", "head"};
-    snprintf(stages, sizeof stages,
-             "schedule=%s score=%s budget=uniform select=top-k(%s) keep=%s dispose=drop "
-             "position=%s",
-             ops->schedule, ops->name, scopes[ops->scope],
+    snprintf(stages, sizeof stages, "schedule=%s score=%s%s%s budget=%s select=%s(%s) keep=%s dispose=drop position=%s",
+             ops->schedule, ops->name, ops->rescore != NULL ? " rescore=" : "",
+             ops->rescore != NULL ? ops->rescore : "", ops->budget != NULL ? ops->budget : "uniform",
+             ops->select != NULL ? ops->select : "token", scopes[ops->scope],
              ops->never_evicts   ? "all"
              : ops->keep != NULL ? ops->keep
                                  : "budget-chunk",

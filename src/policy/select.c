@@ -1,20 +1,25 @@
 /* Top-k with protection and ties in favour of the newer, by radix selection: linear in the number of slots. */
 #include "policy/policy.h"
 
+#include <math.h>
 #include <string.h>
 
 /* What keep[] says while a choice is made. Hard-protected slots and markers in it stay: bit 0. */
 enum { CLASS_FREE = 0, CLASS_HARD = 1, CLASS_MARKER = 3 };
 
-/* A float's bits in an order where larger unsigned means larger float; NaN below everything, and -0 equal to 0: a tie,
- * not an order. */
-static uint32_t ordered(float x)
+/* -0 equal to 0: a tie, not an order. */
+static inline uint32_t ordered(float x)
 {
     uint32_t u;
     memcpy(&u, &x, sizeof u);
     const uint32_t magnitude = u & 0x7fffffffu;
     const uint32_t key = (u >> 31 != 0 ? 0x80000000u - magnitude : 0x80000000u + magnitude);
     return magnitude > 0x7f800000u ? 0 : key;
+}
+
+uint32_t kvs_score_key(float score)
+{
+    return ordered(score);
 }
 
 /* ---- what is protected ---- */
@@ -65,13 +70,24 @@ uint32_t kvs_protected_count(const kvs_protect *protect, const kvs_policy_view *
     return count_hard(&h, view);
 }
 
+void kvs_protected_mark(const kvs_protect *protect, const kvs_policy_view *view, float *scores)
+{
+    const hard h = hard_of(protect, view);
+    for (uint32_t i = 0; i < h.begin; i++)
+        scores[i] = INFINITY;
+    for (uint32_t i = h.begin; view->flags != NULL && i < h.end; i++)
+        if ((view->flags[i] & h.flags) != 0)
+            scores[i] = INFINITY;
+    for (uint32_t i = h.end; i < view->n_slots; i++)
+        scores[i] = INFINITY;
+}
+
 /* ---- the best ---- */
 
 enum { RADIX_BITS = 11 };
 
-/* The k-th largest of n keys, 1 <= k <= n, a digit at a time from the top: a histogram says which bucket holds it.
- * *n_ties becomes how many of the keys equal to it are among the k largest. */
-static uint32_t kth_largest(const uint32_t *keys, uint32_t n, uint32_t k, uint32_t *n_ties)
+/* A digit at a time from the top: a histogram says which bucket holds it. */
+uint32_t kvs_kth_largest(const uint32_t *keys, uint32_t n, uint32_t k, uint32_t *n_ties)
 {
     uint32_t prefix = 0, mask = 0;
     for (int top = 32; top > 0; top -= RADIX_BITS) {
@@ -101,7 +117,7 @@ typedef struct candidates {
 static void keep_best(const candidates *c, uint32_t k, uint8_t *keep)
 {
     uint32_t n_ties = 0;
-    const uint32_t least = k == 0 ? UINT32_MAX : kth_largest(c->key, c->n, k, &n_ties);
+    const uint32_t least = k == 0 ? UINT32_MAX : kvs_kth_largest(c->key, c->n, k, &n_ties);
     for (uint32_t i = c->n; i-- > 0;) {
         const bool tie = c->key[i] == least && n_ties > 0;
         n_ties -= tie;

@@ -11,7 +11,7 @@
 static const char *const schedule_names[KVS_SCHEDULE_COUNT] = {"full",          "bytes", "tokens", "once",    "chunk",
                                                                "after_prefill", "step",  "every",  "turn_end"};
 static const char *const position_names[KVS_POSITION_COUNT] = {"rollback", "keep", "rerotate", "gapcap", "recompute"};
-static const char *const stage_names[] = {"schedule", "position", "protect", "keep"};
+static const char *const stage_names[] = {"schedule", "position", "protect", "keep", "rescore", "budget", "select"};
 
 const char *kvs_position_name(kvs_position_mode mode)
 {
@@ -130,44 +130,54 @@ static kvs_status parse_keep(const char *text, kvs_policy *p, kvs_error *err)
     return KVS_OK;
 }
 
-/* ---- the preset's parameters ---- */
+/* ---- parameters of a preset or of a stage's choice ---- */
 
-static kvs_status parse_param(const char *name, const char *value, kvs_policy *p, kvs_error *err)
+typedef struct param_target {
+    const char *name;
+    const kvs_param_info *params;
+    uint32_t n_params;
+    double *values;
+    kvs_policy *keep_of; /* takes keep=...; NULL: keep is no parameter here */
+} param_target;
+
+static kvs_status parse_param(const char *name, const char *value, const param_target *t, kvs_error *err)
 {
-    const kvs_policy_ops *ops = p->ops;
-    if (strcmp(name, "keep") == 0)
-        return parse_keep(value, p, err);
-    const char *known[KVS_POLICY_PARAMS_MAX + 1] = {"keep"};
-    for (uint32_t i = 0; i < ops->n_params; i++) {
-        known[i + 1] = ops->params[i].name;
-        if (strcmp(ops->params[i].name, name) != 0)
+    if (t->keep_of != NULL && strcmp(name, "keep") == 0)
+        return parse_keep(value, t->keep_of, err);
+    const char *known[KVS_POLICY_PARAMS_MAX + 1];
+    uint32_t n = 0;
+    if (t->keep_of != NULL)
+        known[n++] = "keep";
+    for (uint32_t i = 0; i < t->n_params; i++) {
+        known[n++] = t->params[i].name;
+        if (strcmp(t->params[i].name, name) != 0)
             continue;
         double x;
-        if (!parse_double(value, &x) || x < ops->params[i].min || x > ops->params[i].max)
-            return kvs_error_set(err, KVS_EINVAL, "%s: %s '%.60s' must be a number from %g to %g", ops->name, name,
-                                 value, ops->params[i].min, ops->params[i].max);
-        p->params[i] = x;
+        if (!parse_double(value, &x) || x < t->params[i].min || x > t->params[i].max)
+            return kvs_error_set(err, KVS_EINVAL, "%s: %s '%.60s' must be a number from %g to %g", t->name, name, value,
+                                 t->params[i].min, t->params[i].max);
+        t->values[i] = x;
         return KVS_OK;
     }
     char what[96];
-    snprintf(what, sizeof what, "parameter of %s", ops->name);
-    return unknown(err, what, name, known, ops->n_params + 1);
+    snprintf(what, sizeof what, "parameter of %s", t->name);
+    return unknown(err, what, name, known, n);
 }
 
-static kvs_status parse_params(const char *args, kvs_policy *p, kvs_error *err)
+static kvs_status parse_params(const char *args, const param_target *t, kvs_error *err)
 {
     if (*args == '\0')
-        return kvs_error_set(err, KVS_EINVAL, "%s: nothing follows the colon; name parameters as keep=0.9",
-                             p->ops->name);
+        return kvs_error_set(err, KVS_EINVAL, "%s: nothing follows the colon; name parameters as %s=%g", t->name,
+                             t->n_params > 0 ? t->params[0].name : "keep", t->n_params > 0 ? t->params[0].value : 0.9);
     while (*args != '\0') {
         word name, value;
         args = next_word(args, "=,", &name);
         if (*args != '=')
-            return kvs_error_set(err, KVS_EINVAL, "%s: '%.60s' must be name=value", p->ops->name, name.text);
+            return kvs_error_set(err, KVS_EINVAL, "%s: '%.60s' must be name=value", t->name, name.text);
         args = next_word(args + 1, ",", &value);
-        KVS_TRY(parse_param(name.text, value.text, p, err));
+        KVS_TRY(parse_param(name.text, value.text, t, err));
         if (*args == ',' && *++args == '\0')
-            return kvs_error_set(err, KVS_EINVAL, "%s: nothing follows the last comma", p->ops->name);
+            return kvs_error_set(err, KVS_EINVAL, "%s: nothing follows the last comma", t->name);
     }
     return KVS_OK;
 }
@@ -250,6 +260,78 @@ static kvs_status parse_protect(const char *text, kvs_policy *p, kvs_error *err)
     return KVS_OK;
 }
 
+/* ---- stages with a registry of choices ---- */
+
+/* What the word for "no such stage" says. */
+static const kvs_choice_info no_rescore = {.name = "none"}, no_budget = {.name = "uniform"},
+                             no_select = {.name = "token"};
+
+static const kvs_choice_info *rescore_info(uint32_t i)
+{
+    const kvs_rescore_ops *ops = kvs_rescore_at(i);
+    return ops == NULL ? NULL : &ops->info;
+}
+static const kvs_choice_info *budget_info(uint32_t i)
+{
+    const kvs_budget_ops *ops = kvs_budget_at(i);
+    return ops == NULL ? NULL : &ops->info;
+}
+static const kvs_choice_info *select_info(uint32_t i)
+{
+    const kvs_select_ops *ops = kvs_select_at(i);
+    return ops == NULL ? NULL : &ops->info;
+}
+
+/* `choice[:name=value,...]` of the list that `at` walks: its index, or UINT32_MAX for the word that means none. */
+static kvs_status parse_choice(const char *stage, const char *none, const kvs_choice_info *(*at)(uint32_t),
+                               const char *text, uint32_t *index, double *values, kvs_error *err)
+{
+    word name;
+    const char *args = next_word(text, ":", &name);
+    const char *known[32];
+    size_t n = 0;
+    known[n++] = none;
+    *index = UINT32_MAX;
+    if (strcmp(name.text, none) == 0)
+        return *args == '\0' ? KVS_OK : kvs_error_set(err, KVS_EINVAL, "stage %s: %s takes no parameters", stage, none);
+    const kvs_choice_info *info;
+    for (uint32_t i = 0; n < sizeof known / sizeof *known && (info = at(i)) != NULL; i++) {
+        known[n++] = info->name;
+        if (strcmp(info->name, name.text) != 0)
+            continue;
+        *index = i;
+        for (uint32_t k = 0; k < info->n_params; k++)
+            values[k] = info->params[k].value;
+        const param_target target = {info->name, info->params, info->n_params, values, NULL};
+        return *args == '\0' ? KVS_OK : parse_params(args + 1, &target, err);
+    }
+    return unknown(err, stage, name.text, known, n);
+}
+
+static kvs_status parse_rescore(const char *text, kvs_policy *p, kvs_error *err)
+{
+    uint32_t i;
+    KVS_TRY(parse_choice("rescore", no_rescore.name, rescore_info, text, &i, p->rescore_params, err));
+    p->rescore = i == UINT32_MAX ? NULL : kvs_rescore_at(i);
+    return KVS_OK;
+}
+
+static kvs_status parse_budget(const char *text, kvs_policy *p, kvs_error *err)
+{
+    uint32_t i;
+    KVS_TRY(parse_choice("budget", no_budget.name, budget_info, text, &i, p->budget_params, err));
+    p->budget = i == UINT32_MAX ? NULL : kvs_budget_at(i);
+    return KVS_OK;
+}
+
+static kvs_status parse_select(const char *text, kvs_policy *p, kvs_error *err)
+{
+    uint32_t i;
+    KVS_TRY(parse_choice("select", no_select.name, select_info, text, &i, p->select_params, err));
+    p->select = i == UINT32_MAX ? NULL : kvs_select_at(i);
+    return KVS_OK;
+}
+
 static kvs_status parse_stage(const char *stage, const char *choice, kvs_policy *p, kvs_error *err)
 {
     if (strcmp(stage, "schedule") == 0)
@@ -260,6 +342,12 @@ static kvs_status parse_stage(const char *stage, const char *choice, kvs_policy 
         return parse_protect(choice, p, err);
     if (strcmp(stage, "keep") == 0)
         return parse_keep(choice, p, err);
+    if (strcmp(stage, "rescore") == 0)
+        return parse_rescore(choice, p, err);
+    if (strcmp(stage, "budget") == 0)
+        return parse_budget(choice, p, err);
+    if (strcmp(stage, "select") == 0)
+        return parse_select(choice, p, err);
     return unknown(err, "stage", stage, stage_names, sizeof stage_names / sizeof *stage_names);
 }
 
@@ -277,6 +365,18 @@ static const char *number(double x, char buf[32])
     return buf;
 }
 
+static char *write_choice(char *at, const char *end, const char *stage, const kvs_choice_info *info,
+                          const double *values)
+{
+    char digits[32];
+#define WRITE(...) at += (at < end ? snprintf(at, (size_t)(end - at), __VA_ARGS__) : 0)
+    WRITE(" +%s=%s", stage, info->name);
+    for (uint32_t i = 0; i < info->n_params; i++)
+        WRITE("%c%s=%s", i == 0 ? ':' : ',', info->params[i].name, number(values[i], digits));
+#undef WRITE
+    return at;
+}
+
 static void write_text(kvs_policy *p)
 {
     char digits[32];
@@ -290,6 +390,13 @@ static void write_text(kvs_policy *p)
         WRITE("%ckeep=%utok", separator, p->keep_tokens);
     else if (p->keep_ratio != 0)
         WRITE("%ckeep=%s", separator, number(p->keep_ratio, digits));
+    /* "none" where the preset has a choice of its own and this one took it away. */
+    if (p->rescore != NULL || p->ops->rescore != NULL)
+        at = write_choice(at, end, "rescore", p->rescore == NULL ? &no_rescore : &p->rescore->info, p->rescore_params);
+    if (p->budget != NULL || p->ops->budget != NULL)
+        at = write_choice(at, end, "budget", p->budget == NULL ? &no_budget : &p->budget->info, p->budget_params);
+    if (p->select != NULL || p->ops->select != NULL)
+        at = write_choice(at, end, "select", p->select == NULL ? &no_select : &p->select->info, p->select_params);
     WRITE(" +schedule=%s", schedule_names[p->schedule]);
     if (p->schedule_value != 0)
         WRITE(":%s%llu%s", p->schedule == KVS_SCHEDULE_ONCE ? "at=" : "", (unsigned long long)p->schedule_value,
@@ -312,9 +419,9 @@ static kvs_status find_preset(const char *name, const kvs_policy_ops **out, kvs_
     *out = kvs_policy_find(name);
     if (*out != NULL)
         return KVS_OK;
-    const char *known[64];
+    const char *known[128];
     size_t n = 0;
-    for (const kvs_policy_ops *ops; n < 64 && (ops = kvs_policy_at((uint32_t)n)) != NULL; n++)
+    for (const kvs_policy_ops *ops; n < 128 && (ops = kvs_policy_at((uint32_t)n)) != NULL; n++)
         known[n] = ops->name;
     return unknown(err, "policy", name, known, n);
 }
@@ -340,6 +447,32 @@ static kvs_status parse_stages(const char *spec, kvs_policy *p, kvs_error *err)
     }
 }
 
+/* Stages that cannot stand together: named both, with the reason. */
+static kvs_status check_stages(const kvs_policy *p, kvs_error *err)
+{
+    const char *const name = p->ops->name;
+    if (p->ops->never_evicts && (p->rescore != NULL || p->budget != NULL || p->select != NULL))
+        return kvs_error_set(err, KVS_EINVAL, "%s never evicts: +%s=%s would never be asked", name,
+                             p->rescore != NULL  ? "rescore"
+                             : p->budget != NULL ? "budget"
+                                                 : "select",
+                             p->rescore != NULL  ? p->rescore->info.name
+                             : p->budget != NULL ? p->budget->info.name
+                                                 : p->select->info.name);
+    if (p->budget != NULL && p->ops->target != NULL)
+        return kvs_error_set(err, KVS_EINVAL,
+                             "%s says itself how many slots each head keeps: it takes no +budget=%s, only "
+                             "+budget=uniform",
+                             name, p->budget->info.name);
+    if (p->budget != NULL && p->budget->scope == KVS_SCOPE_HEAD && p->select != NULL && p->select->reuse_of != NULL &&
+        p->select->reuse_of(p->select_params) > 1)
+        return kvs_error_set(err, KVS_EINVAL,
+                             "+select=%s:reuse=%u copies keep sets between layers, +budget=%s gives each head its own "
+                             "number of slots: use reuse=1",
+                             p->select->info.name, p->select->reuse_of(p->select_params), p->budget->info.name);
+    return KVS_OK;
+}
+
 kvs_status kvs_policy_parse(const char *spec, const char *position, bool paper_compat, kvs_policy *out, kvs_error *err)
 {
     kvs_policy p = {.protect = {.sinks = 4, .system = true, .template_markers = true, .pinned = true}};
@@ -360,17 +493,25 @@ kvs_status kvs_policy_parse(const char *spec, const char *position, bool paper_c
         KVS_TRY(parse_keep(p.ops->keep, &p, err));
     KVS_TRY(parse_schedule(p.ops->schedule, &p, err));
     KVS_TRY(kvs_position_parse(p.ops->position, &p.position, &p.gap_cap, err));
+    if (p.ops->rescore != NULL)
+        KVS_TRY(parse_rescore(p.ops->rescore, &p, err));
+    if (p.ops->budget != NULL)
+        KVS_TRY(parse_budget(p.ops->budget, &p, err));
+    if (p.ops->select != NULL)
+        KVS_TRY(parse_select(p.ops->select, &p, err));
     if (paper_compat) {
         p.protect = (kvs_protect){0};
         p.position = KVS_POSITION_ROLLBACK;
     }
     if (*spec == ':') {
         spec = next_word(spec + 1, "+" SPACE, &value);
-        KVS_TRY(parse_params(value.text, &p, err));
+        const param_target target = {p.ops->name, p.ops->params, p.ops->n_params, p.params, &p};
+        KVS_TRY(parse_params(value.text, &target, err));
     }
     KVS_TRY(parse_stages(spec, &p, err));
     if (position != NULL)
         KVS_TRY(kvs_position_parse(position, &p.position, &p.gap_cap, err));
+    KVS_TRY(check_stages(&p, err));
     if (p.position == KVS_POSITION_RECOMPUTE && kvs_policy_scope_of(&p) != KVS_SCOPE_SHARED)
         return kvs_error_set(err, KVS_EINVAL,
                              "position recompute needs one keep set for all heads, %s keeps another set in each %s",
@@ -385,12 +526,39 @@ kvs_status kvs_policy_parse(const char *spec, const char *position, bool paper_c
 
 uint32_t kvs_policy_needs(const kvs_policy *p)
 {
-    return p->ops->needs | (p->ops->needs_of == NULL ? 0 : p->ops->needs_of(p->params));
+    return p->ops->needs | (p->ops->needs_of == NULL ? 0 : p->ops->needs_of(p->params)) |
+           (p->rescore == NULL ? 0 : p->rescore->needs);
 }
 
+/* The finer of what the scorer wants and what the budget can share out. */
 kvs_policy_scope kvs_policy_scope_of(const kvs_policy *p)
 {
-    return p->ops->scope_of == NULL ? p->ops->scope : p->ops->scope_of(p->params);
+    const kvs_policy_scope own = p->ops->scope_of == NULL ? p->ops->scope : p->ops->scope_of(p->params);
+    return p->budget != NULL && p->budget->scope > own ? p->budget->scope : own;
+}
+
+uint32_t kvs_policy_window(const kvs_policy *p)
+{
+    uint32_t rows = 0;
+    if (p->ops->window_of != NULL)
+        rows = p->ops->window_of(p->params);
+    if (p->rescore != NULL && p->rescore->window_of != NULL)
+        rows = kvs_max_u32(rows, p->rescore->window_of(p->rescore_params));
+    return kvs_min_u32(rows, KVS_POLICY_WINDOW_MAX);
+}
+
+size_t kvs_policy_work(const kvs_policy *p, uint32_t n_slots, uint32_t head_dim)
+{
+    const size_t own = p->ops->work_of == NULL ? 0 : p->ops->work_of(p->params, n_slots, head_dim);
+    const size_t second = p->rescore == NULL || p->rescore->work_of == NULL
+                              ? 0
+                              : p->rescore->work_of(p->rescore_params, n_slots, head_dim);
+    return own > second ? own : second;
+}
+
+bool kvs_policy_is_ragged(const kvs_policy *p)
+{
+    return p->budget != NULL || (p->ops->target != NULL && kvs_policy_scope_of(p) != KVS_SCOPE_SHARED);
 }
 
 uint32_t kvs_policy_target(const kvs_policy *p, const kvs_policy_view *view, uint32_t n_full)

@@ -139,6 +139,8 @@ static void store_task(void *ctx, uint32_t task, uint32_t thread)
             nudge(k, dh, run->session->perturb_seed, at * 3 + 1);
             nudge(v, dh, run->session->perturb_seed, at * 3 + 2);
         }
+        if (run->log_queries)
+            kvs_query_log_write(&run->session->queries, t->layer, head, run->session->n_tokens - run->n_rows + r, q);
         const float *cos_sin = rope_row(m, rope0 + (int32_t)r, rope_buf);
         m->kernels->rope(q, group, dh, cos_sin, m->n_freq);
         m->kernels->rope(k, 1, dh, cos_sin, m->n_freq);

@@ -1,5 +1,5 @@
-/* One eviction: score, select for all heads, then drop and reposition. Nothing changes until every head has its keep
- * set, so a refusal leaves the session as it was. */
+/* One eviction: look at every head, score, share the room out, select for all heads, then drop and reposition. Nothing
+ * changes until every head has its keep set, so a refusal leaves the session as it was. */
 #include "session/session_internal.h"
 
 #include "cache/positions.h"
@@ -10,45 +10,116 @@
 /* How fast the record of lost attention mass forgets: half a weight an event. */
 #define MASS_LOST_DECAY 0.5
 
+/* ---- scratch ---- */
+
+/* Hands out parts of one block; with base NULL it only counts. */
+typedef struct carver {
+    uint8_t *base;
+    size_t at;
+} carver;
+
+static void *carve(carver *c, size_t n, size_t size)
+{
+    void *const p = c->base == NULL ? NULL : c->base + c->at;
+    c->at += kvs_round_up(n * size, KVS_ALIGN);
+    return p;
+}
+
+static void carve_thread(carver *c, const kvs_session *s, kvs_view_scratch *t)
+{
+    const kvs_model_info *info = &s->model->info;
+    const kvs_evict_scratch *e = &s->scratch;
+    const uint32_t needs = kvs_policy_needs(&s->policy), mask = kvs_side_mask(&s->policy);
+    const size_t n = e->n_slots, dh = info->head_dim, group = info->n_heads / info->n_kv_heads;
+    t->pos = carve(c, n, sizeof *t->pos);
+    t->rope_pos = carve(c, n, sizeof *t->rope_pos);
+    t->key_rot = carve(c, n, sizeof *t->key_rot);
+    t->token = carve(c, n, sizeof *t->token);
+    t->flags = carve(c, n, sizeof *t->flags);
+    t->select = carve(c, 2 * n + 2, sizeof *t->select);
+    for (int i = 0; i < KVS_SIDE_COUNT; i++)
+        if (mask & 1u << i)
+            t->side[i] = carve(c, n, sizeof(float));
+    if (needs & KVS_POLICY_NEEDS_KEYS)
+        t->keys = carve(c, n * dh, sizeof(float));
+    if (needs & KVS_POLICY_NEEDS_KEYS_RAW)
+        t->keys_raw = carve(c, n * dh, sizeof(float));
+    if (needs & KVS_POLICY_NEEDS_VALUES)
+        t->values = carve(c, n * dh, sizeof(float));
+    if (needs & KVS_POLICY_NEEDS_WINDOW) {
+        const size_t rows = e->window * group, pages = kvs_cache_pages_bound(s->cache);
+        t->prob = carve(c, rows * n, sizeof(float));
+        if (needs & KVS_POLICY_NEEDS_LOGITS)
+            t->logit = carve(c, rows * n, sizeof(float));
+        t->query = carve(c, rows * dh, sizeof(float));
+        t->window_pos = carve(c, e->window, sizeof *t->window_pos);
+        t->pages = carve(c, pages, sizeof *t->pages);
+        t->most = carve(c, KVS_ATTN_ROWS_MAX * group, sizeof *t->most);
+        t->physical = carve(c, KVS_ATTN_ROWS_MAX * group * pages * KVS_PAGE_SLOTS, sizeof(float));
+    }
+    t->work = carve(c, kvs_policy_work(&s->policy, e->n_slots, info->head_dim), sizeof(float));
+    if (s->policy.ops->score_layer != NULL) {
+        t->layer_views = carve(c, info->n_kv_heads, sizeof *t->layer_views);
+        t->layer_scores = carve(c, info->n_kv_heads, sizeof *t->layer_scores);
+    }
+    if (s->policy.select != NULL)
+        t->unit = carve(c, n, sizeof *t->unit);
+}
+
+static size_t carve_all(kvs_session *s, uint8_t *base)
+{
+    kvs_evict_scratch *e = &s->scratch;
+    carver c = {.base = base};
+    const size_t n = e->n_slots, heads = e->n_heads;
+    kvs_view_scratch nowhere = {0};
+    e->threads = carve(&c, e->n_threads, sizeof *e->threads);
+    for (uint32_t i = 0; i < e->n_threads; i++)
+        carve_thread(&c, s, base == NULL ? &nowhere : &e->threads[i]);
+    e->scores = carve(&c, (kvs_policy_needs(&s->policy) == 0 ? 1 : heads) * n, sizeof *e->scores);
+    e->keep = carve(&c, heads * n, sizeof *e->keep);
+    if (kvs_policy_needs(&s->policy) & KVS_POLICY_NEEDS_CARRY)
+        e->carry = carve(&c, heads * n, sizeof *e->carry);
+    e->n_live = carve(&c, heads, sizeof(uint32_t));
+    e->n_hard = carve(&c, heads, sizeof(uint32_t));
+    e->n_even = carve(&c, heads, sizeof(uint32_t));
+    e->n_keep = carve(&c, heads, sizeof(uint32_t));
+    if (s->policy.budget != NULL)
+        e->keys = carve(&c, heads * n, sizeof *e->keys);
+    e->pos = carve(&c, n, sizeof *e->pos);
+    e->rope_pos = carve(&c, n, sizeof *e->rope_pos);
+    e->token = carve(&c, n, sizeof *e->token);
+    e->flags = carve(&c, n, sizeof *e->flags);
+    e->kept_pos = carve(&c, n, sizeof *e->kept_pos);
+    e->kept_rope = carve(&c, n, sizeof *e->kept_rope);
+    s->turns.turns = carve(&c, s->turns.capacity, sizeof *s->turns.turns);
+    return c.at;
+}
+
 kvs_status kvs_evict_scratch_create(kvs_session *s, kvs_error *err)
 {
     kvs_evict_scratch *e = &s->scratch;
     e->n_slots = kvs_cache_slots_max(s->cache);
+    e->n_heads = s->model->info.n_layers * s->model->info.n_kv_heads;
+    e->n_threads = kvs_pool_n_threads(s->model->pool);
+    e->window = kvs_policy_window(&s->policy);
     s->turns.capacity = kvs_turn_log_capacity(e->n_slots);
     s->turns.marker_from = -1;
-    const size_t n_heads = (size_t)s->model->info.n_layers * s->model->info.n_kv_heads;
-    e->n_keep = n_heads * e->n_slots;
-    struct {
-        void **at;
-        size_t n, size;
-    } arrays[] = {
-        {(void **)&e->pos, e->n_slots, 4},      {(void **)&e->rope_pos, e->n_slots, 4},
-        {(void **)&e->token, e->n_slots, 4},    {(void **)&e->flags, e->n_slots, 1},
-        {(void **)&e->scores, e->n_slots, 4},   {(void **)&e->score_sum, e->n_slots, 8},
-        {(void **)&e->select, e->n_slots, 8},   {(void **)&e->keep, e->n_keep, 1},
-        {(void **)&e->kept_pos, e->n_slots, 4}, {(void **)&e->kept_rope, e->n_slots, 4},
-        {(void **)&e->side[0], e->n_slots, 4},  {(void **)&e->side[1], e->n_slots, 4},
-        {(void **)&e->side[2], e->n_slots, 4},  {(void **)&s->turns.turns, s->turns.capacity, sizeof *s->turns.turns},
-    };
-    for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) {
-        *arrays[i].at = kvs_alloc(s->allocator, arrays[i].n, arrays[i].size);
-        if (*arrays[i].at == NULL) {
-            kvs_evict_scratch_free(s);
-            return kvs_error_set(err, KVS_ENOMEM, "no memory for an eviction over %u slots a head", e->n_slots);
-        }
-        e->bytes += arrays[i].n * arrays[i].size;
+    e->bytes = carve_all(s, NULL);
+    e->block = kvs_alloc(s->allocator, 1, e->bytes);
+    if (e->block == NULL) {
+        *e = (kvs_evict_scratch){0};
+        s->turns = (kvs_turn_log){0};
+        return kvs_error_set(err, KVS_ENOMEM, "no memory for an eviction over %u slots a head",
+                             kvs_cache_slots_max(s->cache));
     }
+    carve_all(s, e->block);
     return KVS_OK;
 }
 
 void kvs_evict_scratch_free(kvs_session *s)
 {
-    kvs_evict_scratch *e = &s->scratch;
-    void *all[] = {e->pos,  e->rope_pos, e->token,     e->flags,   e->scores,  e->score_sum, e->select,
-                   e->keep, e->kept_pos, e->kept_rope, e->side[0], e->side[1], e->side[2],   s->turns.turns};
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
-        kvs_free(s->allocator, all[i]);
-    memset(e, 0, sizeof *e);
+    kvs_free(s->allocator, s->scratch.block);
+    s->scratch = (kvs_evict_scratch){0};
     s->turns = (kvs_turn_log){0};
 }
 
@@ -62,73 +133,31 @@ uint32_t kvs_side_mask(const kvs_policy *p)
         mask |= 1u << KVS_SIDE_EMA;
     if (needs & KVS_POLICY_NEEDS_MASS_MAX)
         mask |= 1u << KVS_SIDE_MAX;
+    if (needs & KVS_POLICY_NEEDS_CARRY)
+        mask |= 1u << KVS_SIDE_CARRY;
     return mask;
 }
 
-/* ---- scoring ---- */
+/* ---- one eviction's state ---- */
 
-/* with_facts false: scratch holds pos, rope_pos, tokens and flags of a head that keeps the same. */
-static kvs_policy_view read_view(const kvs_session *s, uint32_t layer, uint32_t head, bool with_facts)
-{
-    const kvs_evict_scratch *e = &s->scratch;
-    const kvs_model_info *info = &s->model->info;
-    const uint32_t mask = kvs_side_mask(&s->policy);
-    kvs_head_slots slots = {0};
-    if (with_facts)
-        slots = (kvs_head_slots){.pos = e->pos, .rope_pos = e->rope_pos, .token = e->token, .flags = e->flags};
-    for (int i = 0; i < KVS_SIDE_COUNT; i++)
-        slots.side[i] = mask & 1u << i ? e->side[i] : NULL;
-    const uint32_t n = kvs_cache_read_head(s->cache, layer, head, &slots);
-    return (kvs_policy_view){
-        .layer = layer,
-        .kv_head = head,
-        .n_layers = info->n_layers,
-        .n_kv_heads = info->n_kv_heads,
-        .group = info->n_heads / info->n_kv_heads,
-        .n_slots = n,
-        .n_tokens = (int64_t)s->n_tokens,
-        .pos = e->pos,
-        .rope_pos = e->rope_pos,
-        .token = e->token,
-        .flags = e->flags,
-        .mass_sum = slots.side[KVS_SIDE_SUM],
-        .mass_ema = slots.side[KVS_SIDE_EMA],
-        .mass_max = slots.side[KVS_SIDE_MAX],
-        .seed = s->options.seed,
-        .event = s->n_evictions,
-    };
-}
-
-/* Scores of the heads [begin, end) averaged into scratch.scores; the returned view is the last head's, whose pos all
- * of them share. Policies that look at no attention see the same in every head: one is enough. */
-static kvs_policy_view score_heads(kvs_session *s, uint32_t begin, uint32_t end)
-{
-    const uint32_t n_kv_heads = s->model->info.n_kv_heads;
-    kvs_evict_scratch *e = &s->scratch;
-    if (kvs_policy_needs(&s->policy) == 0)
-        end = begin + 1;
-    kvs_policy_view v = {0};
-    for (uint32_t h = begin; h < end; h++) {
-        v = read_view(s, h / n_kv_heads, h % n_kv_heads, h == begin);
-        s->policy.ops->score(s->policy.params, &v, e->scores);
-        if (end == begin + 1)
-            return v;
-        for (uint32_t i = 0; i < v.n_slots; i++)
-            e->score_sum[i] = (h == begin ? 0.0 : e->score_sum[i]) + (double)e->scores[i];
-    }
-    for (uint32_t i = 0; i < v.n_slots; i++)
-        e->scores[i] = (float)(e->score_sum[i] / (double)(end - begin));
-    return v;
-}
-
-/* ---- selecting ---- */
-
-typedef struct selection {
-    uint32_t n_drop_max;
-    bool any;
+typedef struct eviction {
+    kvs_session *s;
+    uint32_t n_kv_heads, n_heads;
+    uint32_t step;          /* heads that share a keep set: 1, a layer's, or all */
+    uint32_t n_scored;      /* heads that are scored: 1 where all see the same */
+    uint32_t keep_override; /* slots a head, 0: the policy's own */
+    bool any;               /* something is dropped */
     double mass_kept, mass_all;
     uint64_t score_ns, select_ns;
-} selection;
+    kvs_status status; /* of the first set that was refused, in head order */
+    uint32_t refused;
+    kvs_error *err;
+} eviction;
+
+static float *scores_of(const eviction *x, uint32_t head)
+{
+    return x->s->scratch.scores + (x->n_scored == 1 ? 0 : (size_t)head * x->s->scratch.n_slots);
+}
 
 /* What an absent `keep` means: the budget less one chunk. */
 uint32_t kvs_keep_default(const kvs_session *s)
@@ -144,63 +173,259 @@ uint32_t kvs_keep_default(const kvs_session *s)
         cap = trigger > 1 && trigger < cap ? trigger : cap;
     }
     const uint64_t chunk = s->chunk_tokens < cap ? s->chunk_tokens : cap - 1;
-    return (uint32_t)(cap - chunk);
+    const uint64_t keep = cap - chunk;
+    /* The last page of each head is half empty on average where heads differ: room for the chunk is counted in pages. */
+    const uint64_t slack = kvs_policy_is_ragged(&s->policy) ? KVS_PAGE_SLOTS : 0;
+    return (uint32_t)(keep > 2 * slack ? keep - slack : keep);
 }
 
-static void add_mass(selection *sel, const kvs_policy_view *v, const uint8_t *keep)
+/* How many slots of this head the even share keeps. An override that the budget asks for cannot go below what is
+ * protected; where nothing else is left, kvs_select says so. */
+static uint32_t even_share(const eviction *x, const kvs_policy_view *v)
 {
-    const float *mass = v->mass_sum != NULL ? v->mass_sum : v->mass_ema != NULL ? v->mass_ema : v->mass_max;
-    if (mass == NULL)
+    if (x->keep_override == 0)
+        return kvs_policy_target(&x->s->policy, v, kvs_keep_default(x->s));
+    const uint32_t least =
+        kvs_min_u32(kvs_protected_count(&x->s->policy.protect, v), v->n_slots > 0 ? v->n_slots - 1 : 0);
+    return kvs_max_u32(x->keep_override, least);
+}
+
+/* ---- scoring ---- */
+
+static void score_task(void *ctx, uint32_t head, uint32_t thread)
+{
+    const eviction *x = ctx;
+    const kvs_policy *p = &x->s->policy;
+    kvs_view_scratch *t = &x->s->scratch.threads[thread];
+    kvs_policy_view v = kvs_view_head(x->s, head / x->n_kv_heads, head % x->n_kv_heads, t);
+    v.n_keep = even_share(x, &v);
+    float *const scores = scores_of(x, head);
+    p->ops->score(p->params, &v, scores);
+    if (p->rescore != NULL)
+        p->rescore->rescore(p->rescore_params, &v, scores);
+    if (v.carry != NULL) /* the cache gets it once the eviction is sure */
+        memcpy(x->s->scratch.carry + (size_t)head * x->s->scratch.n_slots, v.carry, v.n_slots * sizeof *v.carry);
+}
+
+/* The mean over heads [begin, begin + step), which hold the same slots, in the first one's place. */
+static void average(const eviction *x, uint32_t begin)
+{
+    float *const into = scores_of(x, begin);
+    const uint32_t n = kvs_cache_n_live(x->s->cache, begin / x->n_kv_heads, begin % x->n_kv_heads);
+    for (uint32_t i = 0; i < n; i++) {
+        double sum = 0;
+        for (uint32_t h = begin; h < begin + x->step; h++)
+            sum += (double)scores_of(x, h)[i];
+        into[i] = (float)(sum / (double)x->step);
+    }
+}
+
+static void average_task(void *ctx, uint32_t set, uint32_t thread)
+{
+    (void)thread;
+    const eviction *x = ctx;
+    average(x, set * x->step);
+}
+
+/* Scores that compare the heads of a layer. */
+static void score_layer_task(void *ctx, uint32_t layer, uint32_t thread)
+{
+    const eviction *x = ctx;
+    kvs_policy_view *const views = x->s->scratch.threads[thread].layer_views;
+    float **const scores = x->s->scratch.threads[thread].layer_scores;
+    for (uint32_t h = 0; h < x->n_kv_heads; h++) {
+        const kvs_model_info *info = &x->s->model->info;
+        views[h] = (kvs_policy_view){.layer = layer,
+                                     .kv_head = h,
+                                     .n_layers = info->n_layers,
+                                     .n_kv_heads = x->n_kv_heads,
+                                     .group = info->n_heads / info->n_kv_heads,
+                                     .head_dim = info->head_dim,
+                                     .n_tokens = (int64_t)x->s->n_tokens,
+                                     .n_slots = kvs_cache_n_live(x->s->cache, layer, h)};
+        scores[h] = scores_of(x, layer * x->n_kv_heads + h);
+    }
+    x->s->policy.ops->score_layer(x->s->policy.params, views, scores);
+}
+
+static void score_all(eviction *x)
+{
+    kvs_pool *pool = x->s->model->pool;
+    const kvs_policy *p = &x->s->policy;
+    kvs_pool_run(pool, score_task, x, x->n_scored);
+    if (p->ops->score_layer != NULL && x->n_scored > 1)
+        kvs_pool_run(pool, score_layer_task, x, x->n_heads / x->n_kv_heads);
+    if (x->step > 1 && x->n_scored > 1)
+        kvs_pool_run(pool, average_task, x, x->n_heads / x->step);
+}
+
+/* ---- sharing out ---- */
+
+static void count_task(void *ctx, uint32_t set, uint32_t thread)
+{
+    const eviction *x = ctx;
+    const uint32_t head = set * x->step;
+    kvs_evict_scratch *e = &x->s->scratch;
+    const kvs_policy_view v = kvs_view_facts(x->s, head / x->n_kv_heads, head % x->n_kv_heads, &e->threads[thread]);
+    const uint32_t n_hard = kvs_protected_count(&x->s->policy.protect, &v), n_even = even_share(x, &v);
+    if (x->s->policy.budget != NULL)
+        kvs_protected_mark(&x->s->policy.protect, &v, scores_of(x, head));
+    for (uint32_t h = head; h < head + x->step; h++) {
+        e->n_live[h] = v.n_slots;
+        e->n_hard[h] = n_hard;
+        e->n_even[h] = e->n_keep[h] = kvs_min_u32(n_even, v.n_slots);
+    }
+}
+
+static void share_out(const eviction *x)
+{
+    const kvs_policy *p = &x->s->policy;
+    kvs_evict_scratch *e = &x->s->scratch;
+    kvs_pool_run(x->s->model->pool, count_task, (void *)(uintptr_t)x, x->n_heads / x->step);
+    if (p->budget == NULL)
         return;
-    double all[4] = {0}, kept[4] = {0}; /* four chains: one would wait for each sum */
-    for (uint32_t i = 0; i < v->n_slots; i++) {
+    const kvs_budget_view view = {
+        .n_layers = x->n_heads / x->n_kv_heads,
+        .n_kv_heads = x->n_kv_heads,
+        .n_slots = e->n_live,
+        .n_protected = e->n_hard,
+        .n_even = e->n_even,
+        .scores = e->scores,
+        .stride = e->n_slots,
+        .keys = e->keys,
+    };
+    p->budget->allocate(p->budget_params, &view, e->n_keep);
+    for (uint32_t h = 0; h < x->n_heads; h++) /* what is protected outranks any share */
+        e->n_keep[h] = kvs_min_u32(kvs_max_u32(e->n_keep[h], kvs_max_u32(e->n_hard[h], 1)), e->n_live[h]);
+}
+
+/* ---- selecting ---- */
+
+static uint8_t *keep_of(const eviction *x, uint32_t head)
+{
+    return x->s->scratch.keep + (size_t)head * x->s->scratch.n_slots;
+}
+
+/* Layers that take over the keep sets of the first of them. */
+static uint32_t reuse_of(const eviction *x)
+{
+    const kvs_policy *p = &x->s->policy;
+    return p->select == NULL || p->select->reuse_of == NULL || x->step > x->n_kv_heads
+               ? 1
+               : p->select->reuse_of(p->select_params);
+}
+
+/* Head whose set `head` takes over: itself, or the same head of the first layer of its run where they hold as many. */
+static uint32_t leader_of(const eviction *x, uint32_t head)
+{
+    const uint32_t layer = head / x->n_kv_heads, first = layer - layer % reuse_of(x);
+    const uint32_t leader = first * x->n_kv_heads + head % x->n_kv_heads;
+    return x->s->scratch.n_live[leader] == x->s->scratch.n_live[head] ? leader : head;
+}
+
+static void select_task(void *ctx, uint32_t set, uint32_t thread)
+{
+    eviction *x = ctx;
+    const uint32_t head = set * x->step;
+    kvs_evict_scratch *e = &x->s->scratch;
+    kvs_view_scratch *t = &e->threads[thread];
+    const kvs_policy *p = &x->s->policy;
+    if (leader_of(x, head) != head)
+        return;
+    const kvs_policy_view v = kvs_view_facts(x->s, head / x->n_kv_heads, head % x->n_kv_heads, t);
+    kvs_error err = {.message = ""};
+    kvs_status status;
+    if (p->select == NULL) {
+        status = kvs_select(&p->protect, &v, scores_of(x, head), e->n_keep[head], keep_of(x, head), t->select, &err);
+    } else {
+        p->select->units(p->select_params, &v, t->unit);
+        status = kvs_select_by_units(&p->protect, &v, scores_of(x, head), t->unit, e->n_keep[head], keep_of(x, head),
+                                     t->select, &err);
+    }
+    if (status == KVS_OK)
+        return;
+    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+    pthread_mutex_lock(&lock);
+    if (x->status == KVS_OK || head < x->refused) {
+        x->status = status;
+        x->refused = head;
+        if (x->err != NULL)
+            *x->err = err;
+    }
+    pthread_mutex_unlock(&lock);
+}
+
+/* What is lost of the recorded attention: f64, four chains (one would wait for each sum), head by head. */
+static void add_mass(eviction *x, const float *mass, const uint8_t *keep, uint32_t n)
+{
+    double all[4] = {0}, kept[4] = {0};
+    for (uint32_t i = 0; i < n; i++) {
         all[i % 4] += (double)mass[i];
         kept[i % 4] += keep[i] != 0 ? (double)mass[i] : 0.0;
     }
-    sel->mass_all += (all[0] + all[1]) + (all[2] + all[3]);
-    sel->mass_kept += (kept[0] + kept[1]) + (kept[2] + kept[3]);
+    x->mass_all += (all[0] + all[1]) + (all[2] + all[3]);
+    x->mass_kept += (kept[0] + kept[1]) + (kept[2] + kept[3]);
 }
 
-/* Keep sets of heads [begin, end), which share one. */
-static kvs_status select_heads(kvs_session *s, uint32_t begin, uint32_t end, uint32_t keep_override, selection *sel,
-                               kvs_error *err)
+/* One head of each set speaks for it, as its mass does for the keep set. */
+static void measure_mass(eviction *x)
 {
-    kvs_evict_scratch *e = &s->scratch;
-    const uint64_t t0 = kvs_now_ns();
-    const kvs_policy_view v = score_heads(s, begin, end);
-    const uint64_t t1 = kvs_now_ns();
-    /* An override that the budget asks for cannot go below what is protected; where nothing else is left, kvs_select
-     * says so. */
-    const uint32_t floor_tokens =
-        kvs_min_u32(kvs_protected_count(&s->policy.protect, &v), v.n_slots > 0 ? v.n_slots - 1 : 0);
-    const uint32_t target = keep_override != 0 ? kvs_max_u32(keep_override, floor_tokens)
-                                               : kvs_policy_target(&s->policy, &v, kvs_keep_default(s));
-    uint8_t *keep = e->keep + (size_t)begin * e->n_slots;
-    KVS_TRY(kvs_select(&s->policy.protect, &v, e->scores, target, keep, e->select, err));
-    for (uint32_t h = begin + 1; h < end; h++)
-        memcpy(e->keep + (size_t)h * e->n_slots, keep, v.n_slots);
-    add_mass(sel, &v, keep);
-    if (target < v.n_slots) {
-        sel->any = true;
-        sel->n_drop_max = kvs_max_u32(sel->n_drop_max, v.n_slots - target);
+    const kvs_evict_scratch *e = &x->s->scratch;
+    const kvs_view_scratch *t = &e->threads[0];
+    const int which = t->side[KVS_SIDE_SUM] != NULL   ? KVS_SIDE_SUM
+                      : t->side[KVS_SIDE_EMA] != NULL ? KVS_SIDE_EMA
+                      : t->side[KVS_SIDE_MAX] != NULL ? KVS_SIDE_MAX
+                                                      : -1;
+    if (which < 0)
+        return;
+    kvs_head_slots slots = {0};
+    slots.side[which] = t->side[which];
+    for (uint32_t h = x->step - 1; h < x->n_heads; h += x->step) {
+        const uint32_t n = kvs_cache_read_head(x->s->cache, h / x->n_kv_heads, h % x->n_kv_heads, &slots);
+        add_mass(x, t->side[which], keep_of(x, h), n);
     }
-    sel->score_ns += t1 - t0;
-    sel->select_ns += kvs_now_ns() - t1;
+}
+
+static kvs_status select_all(eviction *x)
+{
+    kvs_evict_scratch *e = &x->s->scratch;
+    kvs_pool_run(x->s->model->pool, select_task, x, x->n_heads / x->step);
+    if (x->status != KVS_OK)
+        return x->status;
+    for (uint32_t h = 0; h < x->n_heads; h++) {
+        const uint32_t from = leader_of(x, h - h % x->step);
+        if (from != h)
+            memcpy(keep_of(x, h), keep_of(x, from), e->n_live[h]);
+        uint32_t n = 0;
+        for (uint32_t i = 0; i < e->n_live[h]; i++)
+            n += keep_of(x, h)[i];
+        x->any |= n < e->n_live[h];
+    }
+    measure_mass(x);
     return KVS_OK;
 }
 
-static kvs_status select_all(kvs_session *s, uint32_t keep_override, selection *sel, kvs_error *err)
+/* Heads that no longer hold the same tokens (an earlier eviction chose so) cannot share a set. */
+static uint32_t step_of(const kvs_session *s, uint32_t n_kv_heads, uint32_t n_heads)
 {
-    const uint32_t n_kv_heads = s->model->info.n_kv_heads, n_heads = s->model->info.n_layers * n_kv_heads;
     const kvs_policy_scope scope = kvs_policy_scope_of(&s->policy);
-    /* Heads that no longer hold the same tokens (an earlier eviction chose so) cannot share a set. */
     uint32_t step = scope == KVS_SCOPE_HEAD ? 1 : scope == KVS_SCOPE_LAYER ? n_kv_heads : n_heads;
     if (step == n_heads && !s->uniform)
         step = n_kv_heads;
     if (step == n_kv_heads && !s->layer_uniform)
         step = 1;
-    for (uint32_t h = 0; h < n_heads; h += step)
-        KVS_TRY(select_heads(s, h, h + step, keep_override, sel, err));
+    return step;
+}
+
+static kvs_status choose(eviction *x)
+{
+    const uint64_t t0 = kvs_now_ns();
+    score_all(x);
+    const uint64_t t1 = kvs_now_ns();
+    share_out(x);
+    KVS_TRY(select_all(x));
+    x->score_ns = t1 - t0;
+    x->select_ns = kvs_now_ns() - t1;
     return KVS_OK;
 }
 
@@ -236,6 +461,9 @@ static void apply(kvs_session *s)
     int32_t next = 0;
     for (uint32_t h = 0; h < n_heads; h++) {
         const uint32_t layer = h / n_kv_heads, head = h % n_kv_heads;
+        if (s->scratch.carry != NULL)
+            kvs_cache_write_side(s->cache, layer, head, KVS_SIDE_CARRY,
+                                 s->scratch.carry + (size_t)h * s->scratch.n_slots);
         kvs_cache_keep(s->cache, layer, head, s->scratch.keep + (size_t)h * s->scratch.n_slots);
         compact(s, layer, head);
         if (h == 0 || !s->uniform) /* else as head 0 */
@@ -271,24 +499,33 @@ kvs_status kvs_evict(kvs_session *s, kvs_forward *forward, uint32_t keep_overrid
     const uint32_t n_before = kvs_cache_live_max(s->cache);
     if (n_before == 0)
         return KVS_OK;
-    selection sel = {0};
-    KVS_TRY(select_all(s, keep_override, &sel, err));
-    if (!sel.any)
+    eviction x = {
+        .s = s,
+        .n_kv_heads = s->model->info.n_kv_heads,
+        .n_heads = s->scratch.n_heads,
+        .keep_override = keep_override,
+        .err = err,
+    };
+    x.step = step_of(s, x.n_kv_heads, x.n_heads);
+    /* A policy that looks at no attention, key or value sees the same in every head that holds the same. */
+    x.n_scored = kvs_policy_needs(&s->policy) == 0 && x.step == x.n_heads ? 1 : x.n_heads;
+    KVS_TRY(choose(&x));
+    if (!x.any)
         return KVS_OK;
     const uint64_t t1 = kvs_now_ns();
     apply(s);
     if (s->policy.position == KVS_POSITION_RECOMPUTE)
         KVS_TRY(recompute(s, forward, err));
     const uint64_t t2 = kvs_now_ns();
-    if (sel.mass_all > 0) {
-        const double lost = 1.0 - sel.mass_kept / sel.mass_all;
+    if (x.mass_all > 0) {
+        const double lost = 1.0 - x.mass_kept / x.mass_all;
         s->mass_lost = s->mass_lost < 0 ? lost : MASS_LOST_DECAY * s->mass_lost + (1 - MASS_LOST_DECAY) * lost;
     }
     s->n_slots_evicted += live_before - kvs_cache_live_total(s->cache);
     s->n_tokens_evicted_at = s->n_tokens;
     s->evicted_after_prompt = s->last_was_prompt;
-    s->score_ns += sel.score_ns;
-    s->select_ns += sel.select_ns;
+    s->score_ns += x.score_ns;
+    s->select_ns += x.select_ns;
     s->move_ns += t2 - t1;
     s->evict_ns += t2 - t0;
     *progress = true;
@@ -300,8 +537,8 @@ kvs_status kvs_evict(kvs_session *s, kvs_forward *forward, uint32_t keep_overrid
         .n_before = n_before,
         .n_after = kvs_cache_live_max(s->cache),
         .evict_ns = t2 - t0,
-        .score_ns = sel.score_ns,
-        .select_ns = sel.select_ns,
+        .score_ns = x.score_ns,
+        .select_ns = x.select_ns,
         .move_ns = t2 - t1,
     };
     s->n_evictions++;

@@ -3,7 +3,7 @@
 
 #include <string.h>
 
-#define SAVED_MAGIC 0x3253564bu /* "KVS2" */
+#define SAVED_MAGIC 0x3353564bu /* "KVS3" */
 
 enum { FIXED_WORDS = 22, TURN_BYTES = 16 };
 
@@ -69,7 +69,8 @@ static kvs_turn turn_at(const uint8_t *at)
 kvs_status kvs_session_save(const kvs_session *s, void *buf, size_t cap_bytes, size_t *size_bytes, kvs_error *err)
 {
     const size_t cache_bytes = kvs_cache_snapshot_bytes(s->cache);
-    const size_t need = FIXED_WORDS * 8 + sizeof s->policy.text + (size_t)s->turns.n * TURN_BYTES + cache_bytes;
+    const size_t need = FIXED_WORDS * 8 + sizeof s->policy.text + (size_t)s->turns.n * TURN_BYTES + cache_bytes +
+                        kvs_query_log_bytes(&s->queries);
     *size_bytes = need;
     if (buf == NULL)
         return KVS_OK;
@@ -89,11 +90,12 @@ kvs_status kvs_session_save(const kvs_session *s, void *buf, size_t cap_bytes, s
         for (int k = 0; k < 4; k++)
             at = put(at, (uint32_t)bounds[k], 4);
     }
-    kvs_cache_snapshot_write(s->cache, at);
+    kvs_query_log_save(&s->queries, at);
+    kvs_cache_snapshot_write(s->cache, at + kvs_query_log_bytes(&s->queries));
     return KVS_OK;
 }
 
-static kvs_status check_words(const kvs_session *s, const uint64_t *words, size_t size_bytes, kvs_error *err)
+static kvs_status check_words(const kvs_session *s, const uint64_t *words, kvs_error *err)
 {
     const kvs_model_info *i = &s->model->info;
     if (words[0] != SAVED_MAGIC)
@@ -108,9 +110,15 @@ static kvs_status check_words(const kvs_session *s, const uint64_t *words, size_
         return kvs_error_set(err, KVS_EFORMAT, "saved session ran in --arith %s, this one runs in %s",
                              words[3] == KVS_ARITH_F32 ? "f32" : "native",
                              s->options.arith == KVS_ARITH_F32 ? "f32" : "native");
-    const uint64_t rest = size_bytes - FIXED_WORDS * 8 - sizeof s->policy.text; /* turns and cache: kvs_session_load */
+    return KVS_OK;
+}
+
+static kvs_status check_size(const kvs_session *s, const uint64_t *words, size_t size_bytes, kvs_error *err)
+{
+    const uint64_t rest = size_bytes - FIXED_WORDS * 8 - sizeof s->policy.text; /* turns, queries, cache */
     if (words[5] > INT32_MAX / 2 || words[6] > words[5] || words[20] > rest / TURN_BYTES ||
-        words[19] != rest - words[20] * TURN_BYTES)
+        rest - words[20] * TURN_BYTES < kvs_query_log_bytes(&s->queries) ||
+        words[19] != rest - words[20] * TURN_BYTES - kvs_query_log_bytes(&s->queries))
         return kvs_error_set(err, KVS_EFORMAT, "saved session is truncated: %zu bytes", size_bytes);
     return KVS_OK;
 }
@@ -142,18 +150,22 @@ kvs_status kvs_session_load(kvs_session *s, const void *buf, size_t size_bytes, 
         return kvs_error_set(err, KVS_EFORMAT, "saved session is truncated: %zu bytes", size_bytes);
     for (size_t i = 0; i < FIXED_WORDS; i++, at += 8)
         words[i] = get(at, 8);
-    KVS_TRY(check_words(s, words, size_bytes, err));
+    KVS_TRY(check_words(s, words, err));
     char policy[sizeof s->policy.text];
     memcpy(policy, at, sizeof policy);
     policy[sizeof policy - 1] = '\0';
     if (strcmp(policy, s->policy.text) != 0)
         return kvs_error_set(err, KVS_EFORMAT, "saved session has policy '%.150s', this one '%.150s'", policy,
                              s->policy.text);
+    KVS_TRY(check_size(s, words, size_bytes, err));
     at += sizeof policy;
     const uint64_t n_turns = words[20];
     KVS_TRY(check_turns(at, n_turns, (int64_t)words[21], (int32_t)words[5], err));
     const kvs_snapshot_limits limits = {(int32_t)words[5], s->model->info.vocab_size, s->scratch.n_slots};
-    KVS_TRY(kvs_cache_snapshot_read(s->cache, at + n_turns * TURN_BYTES, (size_t)words[19], &limits, err));
+    const uint8_t *const queries = at + n_turns * TURN_BYTES;
+    KVS_TRY(
+        kvs_cache_snapshot_read(s->cache, queries + kvs_query_log_bytes(&s->queries), (size_t)words[19], &limits, err));
+    kvs_query_log_load(&s->queries, queries);
     s->turns.n = n_turns < s->turns.capacity ? (uint32_t)n_turns : s->turns.capacity; /* the newest */
     s->turns.marker_from = (int32_t)(int64_t)words[21];
     at += (n_turns - s->turns.n) * TURN_BYTES;

@@ -29,6 +29,13 @@ static kvs_cache_config cache_config(const kvs_session *s, uint32_t n_held)
     const uint32_t share = c.budget_tokens != 0 ? c.budget_tokens : kvs_cache_tokens_for_bytes(&c, c.budget_bytes);
     const uint64_t most = (uint64_t)kvs_max_u32(share, n_held) + KVS_PAGE_SLOTS;
     c.slots_max = most < UINT32_MAX ? (uint32_t)most : UINT32_MAX;
+    if (!kvs_policy_is_ragged(&s->policy))
+        return c;
+    /* One head may get several even shares; how many is the budget stage's to say. */
+    const uint32_t share_max =
+        s->policy.budget == NULL || s->policy.budget->share_max == 0 ? i->n_kv_heads : s->policy.budget->share_max;
+    c.ragged = true;
+    c.slots_max = most * share_max < UINT32_MAX ? (uint32_t)(most * share_max) : UINT32_MAX;
     return c;
 }
 
@@ -106,10 +113,22 @@ static kvs_status reserve_forward(const kvs_session *s, kvs_forward *f, kvs_erro
     return status;
 }
 
+static kvs_status create_queries(kvs_session *s, kvs_error *err)
+{
+    const kvs_model_info *i = &s->model->info;
+    s->queries = (kvs_query_log){.n_layers = i->n_layers,
+                                 .n_kv_heads = i->n_kv_heads,
+                                 .group = i->n_heads / i->n_kv_heads,
+                                 .head_dim = i->head_dim};
+    return kvs_query_log_create(&s->queries, s->allocator, kvs_policy_window(&s->policy),
+                                (kvs_policy_needs(&s->policy) & KVS_POLICY_NEEDS_QUERY_STATS) != 0, err);
+}
+
 static kvs_status finish_create(kvs_session *s, kvs_error *err)
 {
     kvs_forward *f;
     KVS_TRY(check_budget(s, err));
+    KVS_TRY(create_queries(s, err));
     KVS_TRY(kvs_session_forward(s, &f, err));
     KVS_TRY(kvs_evict_scratch_create(s, err));
     KVS_TRY(reserve_forward(s, f, err));
@@ -147,6 +166,7 @@ void kvs_session_free(kvs_session **session)
     *session = NULL;
     kvs_cache_free(&s->cache);
     kvs_evict_scratch_free(s);
+    kvs_query_log_free(&s->queries, s->allocator);
     kvs_free(s->allocator, s);
 }
 
@@ -170,6 +190,7 @@ static void fork_state(const kvs_session *from, kvs_session *s)
     if (strcmp(s->policy.text, from->policy.text) == 0)
         s->schedule_mark = from->schedule_mark;
     kvs_turn_log_copy(&s->turns, &from->turns);
+    kvs_query_log_copy(&s->queries, &from->queries);
 }
 
 static bool fits_budget(const kvs_session *s)
@@ -244,7 +265,7 @@ kvs_status kvs_session_turn_begin(kvs_session *s, kvs_error *err)
     if (!s->options.paper_compat || s->policy.ops->never_evicts)
         return KVS_OK;
     /* The script's check before the turn has no attention at hand: strategies that need it skip it. */
-    if (kvs_policy_needs(&s->policy) != 0)
+    if ((kvs_policy_needs(&s->policy) & KVS_POLICY_NEEDS_MASS) != 0)
         return KVS_OK;
     const kvs_cache_meter m = *kvs_cache_meter_now(s->cache);
     const bool due =
@@ -278,6 +299,7 @@ kvs_status kvs_session_truncate(kvs_session *s, uint64_t n_tokens, kvs_error *er
                              (unsigned long long)n_tokens, (unsigned long long)s->n_tokens_evicted_at);
     kvs_cache_truncate(s->cache, (int32_t)n_tokens);
     kvs_turn_log_truncate(&s->turns, (int32_t)n_tokens);
+    kvs_query_log_drop(&s->queries, s->n_tokens - n_tokens);
     /* What the dropped rows met: nothing was evicted since, so the i-th of them met what is left, i more and itself. */
     const uint64_t n_heads = (uint64_t)s->model->info.n_layers * s->model->info.n_kv_heads;
     const uint64_t dropped = s->n_tokens - n_tokens;
@@ -319,7 +341,7 @@ void kvs_session_get_usage(const kvs_session *s, kvs_usage *u)
     kvs_cache_get_meter(s->cache, &m);
     const uint64_t n_heads = (uint64_t)s->model->info.n_layers * s->model->info.n_kv_heads;
     const double full = (double)n_heads * (double)s->n_tokens * ((double)s->n_tokens + 1) / 2;
-    const uint64_t scratch = s->scratch.bytes + s->model->forward->bytes;
+    const uint64_t scratch = s->scratch.bytes + s->queries.bytes + s->model->forward->bytes;
     *u = (kvs_usage){
         .budget_bytes = m.budget_bytes,
         .budget_tokens = m.budget_tokens,

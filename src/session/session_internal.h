@@ -7,19 +7,39 @@
 #include "cache/turns.h"
 #include "model/forward.h"
 #include "policy/policy.h"
+#include "session/observe.h"
+
+/* What one thread needs to look at one head; arrays that the policy does not ask for are NULL. */
+typedef struct kvs_view_scratch {
+    int32_t *pos, *rope_pos, *key_rot, *token; /* [n_slots] */
+    uint8_t *flags;
+    float *side[KVS_SIDE_COUNT];
+    float *keys, *keys_raw, *values; /* [n_slots][head_dim] */
+    float *prob, *logit;             /* [window][group][n_slots] */
+    float *query;                    /* [window][group][head_dim] */
+    int32_t *window_pos;             /* [window] */
+    kvs_page_view *pages;            /* [pages_bound] */
+    float *physical, *most;          /* [KVS_ATTN_ROWS_MAX * group][physical slots]; [KVS_ATTN_ROWS_MAX * group] */
+    kvs_policy_view *layer_views;    /* [n_kv_heads] */
+    float **layer_scores;
+    float *work;
+    uint64_t *select; /* [2 n_slots + 2] */
+    uint32_t *unit;   /* [n_slots] */
+} kvs_view_scratch;
 
 /* Arrays an eviction works in, sized at create so that it allocates nothing. */
 typedef struct kvs_evict_scratch {
-    uint32_t n_slots;                /* of one head */
-    int32_t *pos, *rope_pos, *token; /* [n_slots] */
+    uint32_t n_slots; /* of one head */
+    uint32_t n_threads, n_heads;
+    uint32_t window;                                    /* rows */
+    kvs_view_scratch *threads;                          /* [n_threads] */
+    float *scores;                                      /* [n_heads][n_slots]; one head's where all see the same */
+    uint8_t *keep;                                      /* [n_heads][n_slots] */
+    uint32_t *n_live, *n_hard, *n_even, *n_keep, *keys; /* [n_heads]; keys [n_heads][n_slots] for the budget stage */
+    float *carry;                                       /* [n_heads][n_slots] */
+    int32_t *pos, *rope_pos, *token, *kept_pos, *kept_rope; /* [n_slots], for what one thread does */
     uint8_t *flags;
-    float *side[KVS_SIDE_COUNT];
-    float *scores;
-    double *score_sum;
-    uint64_t *select;
-    uint8_t *keep; /* [n_keep]: all heads one after another */
-    size_t n_keep;
-    int32_t *kept_pos, *kept_rope; /* [n_slots] */
+    void *block; /* all of the above */
     uint64_t bytes;
 } kvs_evict_scratch;
 
@@ -45,6 +65,7 @@ struct kvs_session {
     uint64_t perturb_seed; /* != 0: layer 0's q, k, v move by one unit in the last place (the noise floor) */
     kvs_evict_scratch scratch;
     kvs_turn_log turns; /* its memory is among scratch's bytes */
+    kvs_query_log queries;
     void (*on_event)(void *ctx, const kvs_event *event);
     void *event_ctx;
 };
@@ -64,6 +85,7 @@ typedef struct kvs_attend_run {
     uint32_t row0, n_rows; /* rows of the step */
     uint32_t tap_from;     /* first row (of this run) whose attention is recorded; n_rows: none */
     bool tap_reset;        /* the accumulators of the latest forward start anew */
+    bool log_queries;      /* the rows are of the conversation: the session's query log takes them */
 } kvs_attend_run;
 typedef struct kvs_attend_ctx {
     const kvs_attend_run *runs;
@@ -72,6 +94,11 @@ typedef struct kvs_attend_ctx {
 /* Bytes of scratch a thread needs for sessions whose heads have n_pages at most. */
 size_t kvs_attend_scratch_bytes(const kvs_model *m, uint32_t n_pages);
 void kvs_attend(void *ctx, kvs_forward *f, uint32_t layer, uint32_t n_rows);
+
+/* view.c: what a policy sees of one head, in t's arrays. */
+kvs_policy_view kvs_view_head(const kvs_session *s, uint32_t layer, uint32_t head, kvs_view_scratch *t);
+/* Without keys, values, window and query moments. */
+kvs_policy_view kvs_view_facts(const kvs_session *s, uint32_t layer, uint32_t head, kvs_view_scratch *t);
 
 /* step.c: appends n tokens at positions pos and runs them, without schedule and logits. EBUDGET: no room, unchanged. */
 kvs_status kvs_step_raw(kvs_session *s, kvs_forward *f, const int32_t *tokens, const uint8_t *flags, const int32_t *pos,

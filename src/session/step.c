@@ -212,7 +212,7 @@ static void plan_tap(kvs_session *s, kvs_attend_run *r, const uint8_t *flags)
     const uint32_t needs = kvs_policy_needs(&s->policy);
     r->tap_from = r->n_rows;
     r->tap_reset = false;
-    if (needs == 0)
+    if ((needs & KVS_POLICY_NEEDS_MASS) == 0)
         return;
     r->tap_from = 0;
     const bool answer = flags != NULL && flags[r->n_rows - 1] & KVS_TOKEN_ASSISTANT;
@@ -326,9 +326,11 @@ static kvs_status add_run(kvs_forward *f, step_rows *rows, kvs_run *run, uint32_
     kvs_attend_run *r = &rows->runs[rows->n_runs];
     *r = (kvs_attend_run){.session = s, .row0 = rows->n_rows, .n_rows = n};
     plan_tap(s, r, flags);
+    r->log_queries = s->queries.bytes != 0;
     memcpy(rows->tokens + rows->n_rows, run->tokens + at, n * sizeof *run->tokens);
     kvs_turn_log_append(&s->turns, (int32_t)s->n_tokens, flags, n);
     s->n_tokens += n;
+    kvs_query_log_advance(&s->queries, s->n_tokens, n);
     s->last_was_prompt = !is_answer(run, at + n - 1);
     rows->run_index[rows->n_runs++] = index;
     rows->n_rows += n;

@@ -117,7 +117,7 @@ static void fill(kvs_session *s, uint32_t n_slots)
     s->n_tokens = n_slots;
     static kvs_page_view views[SLOTS / KVS_PAGE_SLOTS + 1];
     static float *sides[KVS_SIDE_COUNT][SLOTS / KVS_PAGE_SLOTS + 1];
-    float **side[KVS_SIDE_COUNT] = {sides[0], sides[1], sides[2]};
+    float **side[KVS_SIDE_COUNT] = {sides[0], sides[1], sides[2], sides[3]};
     for (uint32_t h = 0; h < HEADS; h++) {
         const uint32_t n_pages = kvs_cache_n_pages(s->cache, h / KV_HEADS, h % KV_HEADS);
         kvs_cache_views(s->cache, h / KV_HEADS, h % KV_HEADS, views, side);

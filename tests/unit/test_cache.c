@@ -81,7 +81,7 @@ static void compare_views(const naive *n, uint32_t h)
     const uint32_t layer = h / n->config.n_kv_heads, head = h % n->config.n_kv_heads, dh = n->config.head_dim;
     static _Thread_local kvs_page_view views[LINES_MAX];
     static _Thread_local float *sides[KVS_SIDE_COUNT][LINES_MAX];
-    float **side[KVS_SIDE_COUNT] = {sides[0], sides[1], sides[2]};
+    float **side[KVS_SIDE_COUNT] = {sides[0], sides[1], sides[2], sides[3]};
     const uint32_t n_pages = kvs_cache_n_pages(n->cache, layer, head);
     CHECK(n, n_pages <= LINES_MAX);
     kvs_cache_views(n->cache, layer, head, views, side);

@@ -334,6 +334,8 @@ static void policy_without_need_changes_results(void **state)
         kvs_policy_info info;
         for (uint32_t p = 0; kvs_policy_get_info(p, &info); p++)
             for (uint32_t i = 0; i < 5; i++) {
+                if (i == 4 && strstr(info.stages, "(shared)") == NULL)
+                    continue; /* recompute wants one keep set for all heads */
                 c.policy = info.name;
                 c.position = modes[i];
                 c.budget = i % 2 ? N : BUDGET; /* the tightest budget that holds all is enough */

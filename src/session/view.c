@@ -1,0 +1,173 @@
+/* What a policy sees of one (layer, KV head): facts, masses, keys and values as they stand, and what the newest rows
+ * attend to now. Reads only. */
+#include "session/session_internal.h"
+
+#include <math.h>
+#include <string.h>
+
+/* ---- keys and values ---- */
+
+static void rotate_keys(const kvs_session *s, float *keys, const int32_t *by, const int32_t *less, uint32_t n)
+{
+    const kvs_model *m = s->model;
+    const uint32_t dh = m->info.head_dim;
+    float cos_sin[KVS_HEAD_DIM_MAX];
+    int32_t at = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        const int32_t turn = (by != NULL ? by[i] : 0) - less[i];
+        if (turn == 0)
+            continue;
+        if (at != turn)
+            kvs_rope_row(&m->rope, at = turn, cos_sin);
+        m->kernels->rope(keys + (size_t)i * dh, 1, dh, cos_sin, m->n_freq);
+    }
+}
+
+static void read_keys_and_values(const kvs_session *s, kvs_policy_view *v, kvs_view_scratch *t)
+{
+    const size_t n_floats = (size_t)v->n_slots * v->head_dim;
+    float *const first = t->keys != NULL ? t->keys : t->keys_raw;
+    if (first == NULL && t->values == NULL)
+        return;
+    kvs_cache_read_kv(s->cache, v->layer, v->kv_head, first, t->values);
+    if (t->keys_raw != NULL && t->keys_raw != first)
+        memcpy(t->keys_raw, first, n_floats * sizeof *first);
+    if (t->keys != NULL)
+        rotate_keys(s, t->keys, t->rope_pos, t->key_rot, v->n_slots);
+    if (t->keys_raw != NULL)
+        rotate_keys(s, t->keys_raw, NULL, t->key_rot, v->n_slots);
+    v->keys = t->keys;
+    v->keys_raw = t->keys_raw;
+    v->values = t->values;
+}
+
+/* ---- the window ---- */
+
+/* Where a logged row's token stands now: as far before the next one as it was said before it. */
+static int32_t rope_of_row(const kvs_session *s, int32_t rope_next, uint64_t token_idx)
+{
+    return rope_next - (int32_t)(s->n_tokens - token_idx);
+}
+
+/* Copies the live ones of the physical scores of one row and head, and turns them into probabilities of the slots that
+ * are not newer than the row. The sum is one chain over ascending slots. */
+static void soften(const kvs_policy_view *v, const kvs_page_view *pages, uint32_t n_pages, const float *physical,
+                   int32_t row_pos, float *logit, float *prob)
+{
+    uint32_t n = 0;
+    for (uint32_t p = 0; p < n_pages; p++)
+        for (uint64_t bits = pages[p].live; bits != 0; bits &= bits - 1)
+            prob[n++] = physical[(size_t)p * KVS_PAGE_SLOTS + (uint32_t)__builtin_ctzll(bits)];
+    uint32_t n_seen = 0;
+    float most = -INFINITY;
+    for (; n_seen < n && v->pos[n_seen] <= row_pos; n_seen++)
+        most = prob[n_seen] > most ? prob[n_seen] : most;
+    for (uint32_t i = n_seen; i < n; i++)
+        prob[i] = -INFINITY;
+    if (logit != NULL)
+        memcpy(logit, prob, n * sizeof *prob);
+    float sum = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        prob[i] = i < n_seen ? kvs_expf(prob[i] - most) : 0.0f;
+        sum += prob[i];
+    }
+    const float scale = sum > 0 ? 1.0f / sum : 0.0f;
+    for (uint32_t i = 0; i < n; i++)
+        prob[i] *= scale;
+}
+
+static void read_window(const kvs_session *s, kvs_policy_view *v, kvs_view_scratch *t)
+{
+    const kvs_model *m = s->model;
+    const uint32_t dh = v->head_dim, group = v->group, n_rows = s->queries.n_valid;
+    const uint32_t n_pages = kvs_cache_n_pages(s->cache, v->layer, v->kv_head);
+    const uint32_t n_physical = kvs_cache_n_physical(s->cache, v->layer, v->kv_head);
+    const size_t stride = kvs_round_up(n_physical, KVS_TILE_SLOTS), width = (size_t)group * dh;
+    kvs_cache_views(s->cache, v->layer, v->kv_head, t->pages, NULL);
+    for (uint32_t r = 0; r < n_rows; r++) {
+        const uint64_t token_idx = s->n_tokens - n_rows + r;
+        float cos_sin[KVS_HEAD_DIM_MAX];
+        kvs_rope_row(&m->rope, rope_of_row(s, v->rope_next, token_idx), cos_sin);
+        memcpy(t->query + r * width, kvs_query_log_row(&s->queries, v->layer, v->kv_head, token_idx),
+               width * sizeof(float));
+        m->kernels->rope(t->query + r * width, group, dh, cos_sin, m->n_freq);
+        t->window_pos[r] = (int32_t)token_idx;
+    }
+    for (uint32_t row = 0; row < n_rows; row += KVS_ATTN_ROWS_MAX) {
+        const kvs_attn_job job = {
+            .pages = t->pages,
+            .limit0 = n_physical,
+            .n_rows = kvs_min_u32(KVS_ATTN_ROWS_MAX, n_rows - row),
+            .group = group,
+            .head_dim = dh,
+            .kv_f32 = s->options.kv_type == KVS_KV_F32,
+            .scale = 1.0f / __builtin_sqrtf((float)dh),
+            .q = t->query + row * width,
+            .q_stride = width,
+            .rope = &m->rope,
+        };
+        m->kernels->attend_scores(&job, 0, n_physical, t->physical, stride, t->most);
+        for (uint32_t r = 0; r < job.n_rows * group; r++) {
+            const size_t at = ((size_t)row * group + r) * v->n_slots;
+            soften(v, t->pages, n_pages, t->physical + r * stride, t->window_pos[row + r / group],
+                   t->logit == NULL ? NULL : t->logit + at, t->prob + at);
+        }
+    }
+    v->n_window = n_rows;
+    v->window_pos = t->window_pos;
+    v->window_prob = t->prob;
+    v->window_logit = t->logit;
+    v->window_query = t->query;
+}
+
+/* ---- the view ---- */
+
+kvs_policy_view kvs_view_facts(const kvs_session *s, uint32_t layer, uint32_t head, kvs_view_scratch *t)
+{
+    const kvs_model_info *info = &s->model->info;
+    kvs_head_slots slots = {
+        .pos = t->pos, .rope_pos = t->rope_pos, .key_rot = t->key_rot, .token = t->token, .flags = t->flags};
+    for (int i = 0; i < KVS_SIDE_COUNT; i++)
+        slots.side[i] = t->side[i];
+    const uint32_t n = kvs_cache_read_head(s->cache, layer, head, &slots);
+    return (kvs_policy_view){
+        .layer = layer,
+        .kv_head = head,
+        .n_layers = info->n_layers,
+        .n_kv_heads = info->n_kv_heads,
+        .group = info->n_heads / info->n_kv_heads,
+        .head_dim = info->head_dim,
+        .n_slots = n,
+        .n_tokens = (int64_t)s->n_tokens,
+        .pos = t->pos,
+        .rope_pos = t->rope_pos,
+        .token = t->token,
+        .flags = t->flags,
+        .mass_sum = t->side[KVS_SIDE_SUM],
+        .mass_ema = t->side[KVS_SIDE_EMA],
+        .mass_max = t->side[KVS_SIDE_MAX],
+        .carry = t->side[KVS_SIDE_CARRY],
+        .rope_theta = s->model->theta,
+        .n_freq = s->model->n_freq,
+        .rope_next = kvs_cache_next_rope(s->cache, layer, head),
+        .work = t->work,
+        .seed = s->options.seed,
+        .event = s->n_evictions,
+    };
+}
+
+kvs_policy_view kvs_view_head(const kvs_session *s, uint32_t layer, uint32_t head, kvs_view_scratch *t)
+{
+    kvs_policy_view v = kvs_view_facts(s, layer, head, t);
+    read_keys_and_values(s, &v, t);
+    if (t->prob != NULL)
+        read_window(s, &v, t);
+    const kvs_query_log *q = &s->queries;
+    if (q->sum != NULL) {
+        const size_t at = ((size_t)layer * q->n_kv_heads + head) * q->group * q->head_dim;
+        v.n_queries = q->n_stats;
+        v.query_sum = q->sum + at;
+        v.query_square = q->square + at * q->head_dim;
+    }
+    return v;
+}
