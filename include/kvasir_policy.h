@@ -31,6 +31,7 @@ enum {
     KVS_POLICY_NEEDS_WINDOW = 1u << 8,       /* attention of the newest rows: window_of says how many */
     KVS_POLICY_NEEDS_LOGITS = 1u << 9,       /* and its scores before the softmax */
     KVS_POLICY_NEEDS_QUERY_STATS = 1u << 10, /* mean and second moment of all queries so far, before rotation */
+    KVS_POLICY_NEEDS_PROBE = 1u << 12,       /* what the rows of the probe stage attended to */
     KVS_POLICY_NEEDS_OUT_NORM = 1u << 11,    /* |W_o v|_1 of each slot and query head */
 };
 
@@ -71,6 +72,7 @@ typedef struct kvs_policy_view {
     uint32_t n_freq;
     int32_t rope_next;     /* where the next token will stand */
     const float *out_norm; /* [group][n_slots] */
+    const float *probe;    /* [group][n_slots]: the largest probability that any probe row's query head gave the slot */
     float *work;           /* [work_of()] f32, this call's own; contents undefined */
     uint64_t seed, event;  /* for random policies: this session's seed, how many evictions came before */
 } kvs_policy_view;
@@ -84,6 +86,7 @@ typedef struct kvs_policy_ops {
     const char *position;  /* default position mode */
     const char *budget;    /* default budget stage, e.g. "pyramid:beta=20"; NULL: uniform */
     const char *rescore;   /* default second scorer; NULL: none */
+    const char *probe;     /* default probe, e.g. "repeat:chunk=2000"; NULL: none */
     const char *select;    /* default unit of selection, e.g. "chunk:length=10"; NULL: token */
     kvs_policy_scope scope;
     uint32_t needs;

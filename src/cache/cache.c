@@ -601,6 +601,26 @@ void kvs_cache_keep(kvs_cache *c, uint32_t layer, uint32_t head, const uint8_t *
     kvs_cache_meter_update(c);
 }
 
+void kvs_cache_hide(kvs_cache *c, uint32_t layer, uint32_t head, const uint8_t *keep)
+{
+    uint32_t i = 0;
+    for (uint32_t e = kvs_cache_head(c, layer, head)->first; e != KVS_NO_PAGE; e = c->pages[e].next) {
+        kvs_page *p = &c->pages[e];
+        const uint64_t kept = kept_of_page(p->live, keep, &i);
+        p->hidden = p->live & ~kept;
+        p->live = kept;
+    }
+}
+
+void kvs_cache_unhide(kvs_cache *c)
+{
+    for (uint32_t h = 0; h < c->n_heads; h++)
+        for (uint32_t e = c->heads[h].first; e != KVS_NO_PAGE; e = c->pages[e].next) {
+            c->pages[e].live |= c->pages[e].hidden;
+            c->pages[e].hidden = 0;
+        }
+}
+
 void kvs_cache_set_rope(kvs_cache *c, uint32_t layer, uint32_t head, const int32_t *rope_pos, int32_t next_rope)
 {
     kvs_head *h = kvs_cache_head(c, layer, head);

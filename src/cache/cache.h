@@ -91,6 +91,10 @@ void kvs_cache_read_kv(const kvs_cache *c, uint32_t layer, uint32_t head, float 
 
 /* Keeps the live slots whose keep[i] is nonzero (i in live order) and drops the rest. */
 void kvs_cache_keep(kvs_cache *c, uint32_t layer, uint32_t head, const uint8_t *keep);
+/* The same for a while: attention does not see the others until kvs_cache_unhide. In between slots may only be appended, into
+ * room that needs no compaction (no dead slots are held), and are dropped after unhiding. */
+void kvs_cache_hide(kvs_cache *c, uint32_t layer, uint32_t head, const uint8_t *keep);
+void kvs_cache_unhide(kvs_cache *c);
 /* Gives the live slots of a head new rope positions and sets where its next key will stand. */
 void kvs_cache_set_rope(kvs_cache *c, uint32_t layer, uint32_t head, const int32_t *rope_pos, int32_t next_rope);
 /* Drops live slots with pos >= pos_end from every head and steps next_rope back by as many. */

@@ -54,7 +54,7 @@ typedef struct kvs_page_meta {
 
 typedef struct kvs_page {
     kvs_block_pool *pool;
-    uint64_t live;
+    uint64_t live, hidden; /* hidden: live ones that kvs_cache_hide took out for a while */
     uint32_t block, next;
     bool rotated;
 } kvs_page;

@@ -43,6 +43,7 @@ kvs_status kvs_forward_create(kvs_model *m, kvs_forward **out, kvs_error *err)
     pthread_mutex_init(&f->lock, NULL);
     const size_t rows = f->max_rows;
     const size_t qkv = (size_t)(i->n_heads + 2 * i->n_kv_heads) * i->head_dim;
+    f->qkv_width = qkv;
     const size_t matmul = matmul_scratch_bytes(m, f->max_rows);
     struct {
         float **at;

@@ -16,13 +16,14 @@ typedef struct kvs_forward {
     kvs_model *model;
     pthread_mutex_t lock; /* held for a whole step */
     uint32_t max_rows;
-    float *x;       /* [max_rows][n_embd] residual stream */
-    float *norm;    /* [max_rows][n_embd] */
-    float *qkv;     /* [max_rows][(n_heads + 2 n_kv_heads) head_dim] */
-    float *att;     /* [max_rows][n_heads head_dim] */
-    float *gate_up; /* [max_rows][2 n_ff] */
-    float *act;     /* [max_rows][n_ff] */
-    float *logits;  /* [KVS_LOGIT_ROWS_MAX][vocab] */
+    float *x;         /* [max_rows][n_embd] residual stream */
+    float *norm;      /* [max_rows][n_embd] */
+    float *qkv;       /* [max_rows][qkv_width] */
+    size_t qkv_width; /* (n_heads + 2 n_kv_heads) head_dim */
+    float *att;       /* [max_rows][n_heads head_dim] */
+    float *gate_up;   /* [max_rows][2 n_ff] */
+    float *act;       /* [max_rows][n_ff] */
+    float *logits;    /* [KVS_LOGIT_ROWS_MAX][vocab] */
     void *matmul_scratch;
     void *attn_scratch; /* [n_threads + 1][attn_scratch_bytes]; grown when a session is created */
     size_t attn_scratch_bytes;

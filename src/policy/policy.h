@@ -47,6 +47,19 @@ typedef struct kvs_rescore_ops {
     size_t (*work_of)(const double *params, uint32_t n_slots, uint32_t head_dim);
 } kvs_rescore_ops;
 
+/* Stage probe: rows that run on top of the cache when an eviction asks, and are thrown away. The session runs them
+ * (src/session/probe.c): what differs is which rows, and what of their attention is recorded. */
+typedef enum kvs_probe_kind {
+    KVS_PROBE_REPEAT = 0, /* what is held is said again, chunk by chunk, behind a request to repeat it */
+    KVS_PROBE_CONTEXT,    /* what is held is said again as it is */
+    KVS_PROBE_LOOKAHEAD,  /* the answer goes on greedily for a few tokens, on the slots that the base policy keeps */
+    KVS_PROBE_PROMPT,     /* the last tokens of the prompt that is coming in are the window of every chunk */
+} kvs_probe_kind;
+typedef struct kvs_probe_ops {
+    kvs_choice_info info;
+    kvs_probe_kind kind; /* its parameters: tokens of a chunk (repeat), rows (lookahead, prompt) */
+} kvs_probe_ops;
+
 /* Stage budget: how many slots each head keeps, their sum being that of the even shares. All heads [n_layers *
  * n_kv_heads], layer by layer. */
 typedef struct kvs_budget_view {
@@ -73,11 +86,12 @@ typedef struct kvs_select_ops {
 typedef struct kvs_policy {
     const kvs_policy_ops *ops;
     double params[KVS_POLICY_PARAMS_MAX]; /* of the preset, then the keep share (0: none) */
+    const kvs_probe_ops *probe;           /* NULL: none */
     const kvs_rescore_ops *rescore;       /* NULL: none */
     const kvs_budget_ops *budget;         /* NULL: even shares */
     const kvs_select_ops *select;         /* NULL: single tokens */
-    double rescore_params[KVS_POLICY_PARAMS_MAX], budget_params[KVS_POLICY_PARAMS_MAX],
-        select_params[KVS_POLICY_PARAMS_MAX];
+    double probe_params[KVS_POLICY_PARAMS_MAX], rescore_params[KVS_POLICY_PARAMS_MAX],
+        budget_params[KVS_POLICY_PARAMS_MAX], select_params[KVS_POLICY_PARAMS_MAX];
     kvs_schedule_kind schedule;
     uint64_t schedule_value; /* bytes, tokens or n */
     double keep_ratio;       /* > 0: share of what is there */
@@ -109,6 +123,7 @@ uint32_t kvs_policy_target(const kvs_policy *p, const kvs_policy_view *view, uin
 const kvs_policy_ops *kvs_policy_find(const char *name);
 const kvs_policy_ops *kvs_policy_at(uint32_t index); /* NULL past the end */
 /* The choices of the other stages; NULL past the end. */
+const kvs_probe_ops *kvs_probe_at(uint32_t index);
 const kvs_rescore_ops *kvs_rescore_at(uint32_t index);
 const kvs_budget_ops *kvs_budget_at(uint32_t index);
 const kvs_select_ops *kvs_select_at(uint32_t index);

@@ -17,14 +17,26 @@
     X(llama_context_shift)                                                                                             \
     X(snapkv)                                                                                                          \
     X(h2o)                                                                                                             \
-    X(knorm)
+    X(knorm)                                                                                                           \
+    X(kvzip)                                                                                                           \
+    X(kvcompose)                                                                                                       \
+    X(kvcompose_ragged)                                                                                                \
+    X(laq)                                                                                                             \
+    X(laqpp)
+
+#define KVS_PROBES(X)                                                                                                  \
+    X(repeat)                                                                                                          \
+    X(context)                                                                                                         \
+    X(lookahead)                                                                                                       \
+    X(prompt)
 
 #define KVS_RESCORES(X) X(caote)
 
 #define KVS_BUDGETS(X)                                                                                                 \
     X(pyramid)                                                                                                         \
     X(ada)                                                                                                             \
-    X(global)
+    X(global)                                                                                                          \
+    X(composite)
 
 #define KVS_SELECTS(X) X(chunk)
 
@@ -34,6 +46,16 @@ KVS_POLICIES(KVS_POLICY_DECLARE)
 static const kvs_policy_ops *const policies[] = {KVS_POLICIES(KVS_POLICY_ENTRY)};
 
 enum { N_POLICIES = sizeof policies / sizeof *policies };
+
+#define KVS_PROBE_DECLARE(name) extern const kvs_probe_ops kvs_probe_##name;
+#define KVS_PROBE_ENTRY(name)   &kvs_probe_##name,
+KVS_PROBES(KVS_PROBE_DECLARE)
+static const kvs_probe_ops *const probes[] = {KVS_PROBES(KVS_PROBE_ENTRY)};
+
+const kvs_probe_ops *kvs_probe_at(uint32_t index)
+{
+    return index < sizeof probes / sizeof *probes ? probes[index] : NULL;
+}
 
 #define KVS_RESCORE_DECLARE(name) extern const kvs_rescore_ops kvs_rescore_##name;
 #define KVS_RESCORE_ENTRY(name)   &kvs_rescore_##name,
@@ -95,6 +117,7 @@ static const char *needs_text(const kvs_policy_ops *ops)
         {KVS_POLICY_NEEDS_MASS_EMA, "attention mass, moving average"},
         {KVS_POLICY_NEEDS_MASS_MAX, "attention mass, maximum"},
         {KVS_POLICY_NEEDS_WINDOW, "attention of the newest rows"},
+        {KVS_POLICY_NEEDS_PROBE, "attention of probe rows"},
         {KVS_POLICY_NEEDS_QUERY_STATS, "mean and covariance of queries"},
         {KVS_POLICY_NEEDS_KEYS | KVS_POLICY_NEEDS_KEYS_RAW, "keys"},
         {KVS_POLICY_NEEDS_VALUES, "values"},
@@ -117,14 +140,15 @@ bool kvs_policy_get_info(uint32_t index, kvs_policy_info *info)
     if (ops == NULL)
         return false;
     static const char *const scopes[] = {"shared", "layer", "head"};
-    snprintf(stages, sizeof stages, "schedule=%s score=%s%s%s budget=%s select=%s(%s) keep=%s dispose=drop position=%s",
-             ops->schedule, ops->name, ops->rescore != NULL ? " rescore=" : "",
-             ops->rescore != NULL ? ops->rescore : "", ops->budget != NULL ? ops->budget : "uniform",
-             ops->select != NULL ? ops->select : "token", scopes[ops->scope],
-             ops->never_evicts   ? "all"
-             : ops->keep != NULL ? ops->keep
-                                 : "budget-chunk",
-             ops->position);
+    snprintf(
+        stages, sizeof stages, "schedule=%s%s%s score=%s%s%s budget=%s select=%s(%s) keep=%s dispose=drop position=%s",
+        ops->schedule, ops->probe != NULL ? " probe=" : "", ops->probe != NULL ? ops->probe : "", ops->name,
+        ops->rescore != NULL ? " rescore=" : "", ops->rescore != NULL ? ops->rescore : "",
+        ops->budget != NULL ? ops->budget : "uniform", ops->select != NULL ? ops->select : "token", scopes[ops->scope],
+        ops->never_evicts   ? "all"
+        : ops->keep != NULL ? ops->keep
+                            : "budget-chunk",
+        ops->position);
     *info = (kvs_policy_info){
         .name = ops->name,
         .doc = ops->doc,

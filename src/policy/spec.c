@@ -11,7 +11,8 @@
 static const char *const schedule_names[KVS_SCHEDULE_COUNT] = {"full",          "bytes", "tokens", "once",    "chunk",
                                                                "after_prefill", "step",  "every",  "turn_end"};
 static const char *const position_names[KVS_POSITION_COUNT] = {"rollback", "keep", "rerotate", "gapcap", "recompute"};
-static const char *const stage_names[] = {"schedule", "position", "protect", "keep", "rescore", "budget", "select"};
+static const char *const stage_names[] = {"schedule", "position", "protect", "keep",
+                                          "probe",    "rescore",  "budget",  "select"};
 
 const char *kvs_position_name(kvs_position_mode mode)
 {
@@ -263,9 +264,14 @@ static kvs_status parse_protect(const char *text, kvs_policy *p, kvs_error *err)
 /* ---- stages with a registry of choices ---- */
 
 /* What the word for "no such stage" says. */
-static const kvs_choice_info no_rescore = {.name = "none"}, no_budget = {.name = "uniform"},
-                             no_select = {.name = "token"};
+static const kvs_choice_info no_probe = {.name = "none"}, no_rescore = {.name = "none"},
+                             no_budget = {.name = "uniform"}, no_select = {.name = "token"};
 
+static const kvs_choice_info *probe_info(uint32_t i)
+{
+    const kvs_probe_ops *ops = kvs_probe_at(i);
+    return ops == NULL ? NULL : &ops->info;
+}
 static const kvs_choice_info *rescore_info(uint32_t i)
 {
     const kvs_rescore_ops *ops = kvs_rescore_at(i);
@@ -308,6 +314,14 @@ static kvs_status parse_choice(const char *stage, const char *none, const kvs_ch
     return unknown(err, stage, name.text, known, n);
 }
 
+static kvs_status parse_probe(const char *text, kvs_policy *p, kvs_error *err)
+{
+    uint32_t i;
+    KVS_TRY(parse_choice("probe", no_probe.name, probe_info, text, &i, p->probe_params, err));
+    p->probe = i == UINT32_MAX ? NULL : kvs_probe_at(i);
+    return KVS_OK;
+}
+
 static kvs_status parse_rescore(const char *text, kvs_policy *p, kvs_error *err)
 {
     uint32_t i;
@@ -342,6 +356,8 @@ static kvs_status parse_stage(const char *stage, const char *choice, kvs_policy 
         return parse_protect(choice, p, err);
     if (strcmp(stage, "keep") == 0)
         return parse_keep(choice, p, err);
+    if (strcmp(stage, "probe") == 0)
+        return parse_probe(choice, p, err);
     if (strcmp(stage, "rescore") == 0)
         return parse_rescore(choice, p, err);
     if (strcmp(stage, "budget") == 0)
@@ -391,6 +407,8 @@ static void write_text(kvs_policy *p)
     else if (p->keep_ratio != 0)
         WRITE("%ckeep=%s", separator, number(p->keep_ratio, digits));
     /* "none" where the preset has a choice of its own and this one took it away. */
+    if (p->probe != NULL || p->ops->probe != NULL)
+        at = write_choice(at, end, "probe", p->probe == NULL ? &no_probe : &p->probe->info, p->probe_params);
     if (p->rescore != NULL || p->ops->rescore != NULL)
         at = write_choice(at, end, "rescore", p->rescore == NULL ? &no_rescore : &p->rescore->info, p->rescore_params);
     if (p->budget != NULL || p->ops->budget != NULL)
@@ -412,6 +430,20 @@ static void write_text(kvs_policy *p)
         WRITE("sinks:%u,recent:%u%s%s%s", g->sinks, g->recent, g->system ? ",system" : "",
               g->template_markers ? ",template" : "", g->pinned ? ",pinned" : "");
 #undef WRITE
+}
+
+/* A preset's name ends where parameters or stages begin; one that holds a plus itself (laq++) is known by the list. */
+static const char *preset_name(const char *spec, word *name)
+{
+    const kvs_policy_ops *ops;
+    for (uint32_t i = 0; (ops = kvs_policy_at(i)) != NULL; i++) {
+        const size_t n = strlen(ops->name);
+        if (strchr(ops->name, '+') != NULL && strncmp(spec, ops->name, n) == 0 && strchr(":+" SPACE, spec[n]) != NULL) {
+            memcpy(name->text, ops->name, n + 1);
+            return spec + n;
+        }
+    }
+    return next_word(spec, ":+" SPACE, name);
 }
 
 static kvs_status find_preset(const char *name, const kvs_policy_ops **out, kvs_error *err)
@@ -451,14 +483,27 @@ static kvs_status parse_stages(const char *spec, kvs_policy *p, kvs_error *err)
 static kvs_status check_stages(const kvs_policy *p, kvs_error *err)
 {
     const char *const name = p->ops->name;
-    if (p->ops->never_evicts && (p->rescore != NULL || p->budget != NULL || p->select != NULL))
-        return kvs_error_set(err, KVS_EINVAL, "%s never evicts: +%s=%s would never be asked", name,
-                             p->rescore != NULL  ? "rescore"
-                             : p->budget != NULL ? "budget"
-                                                 : "select",
-                             p->rescore != NULL  ? p->rescore->info.name
-                             : p->budget != NULL ? p->budget->info.name
-                                                 : p->select->info.name);
+    const kvs_choice_info *const first = p->probe != NULL     ? &p->probe->info
+                                         : p->rescore != NULL ? &p->rescore->info
+                                         : p->budget != NULL  ? &p->budget->info
+                                         : p->select != NULL  ? &p->select->info
+                                                              : NULL;
+    if (p->ops->never_evicts && first != NULL)
+        return kvs_error_set(err, KVS_EINVAL, "%s never evicts: the stage %s would never be asked", name, first->name);
+    const uint32_t needs = kvs_policy_needs(p);
+    const bool rows = p->probe != NULL && (p->probe->kind == KVS_PROBE_LOOKAHEAD || p->probe->kind == KVS_PROBE_PROMPT);
+    if (needs & KVS_POLICY_NEEDS_PROBE && (p->probe == NULL || rows))
+        return kvs_error_set(err, KVS_EINVAL,
+                             "%s scores by what probe rows attend to: it needs +probe=repeat or +probe=context, not %s",
+                             name, p->probe == NULL ? "none" : p->probe->info.name);
+    if (p->probe != NULL && !rows && !(needs & KVS_POLICY_NEEDS_PROBE))
+        return kvs_error_set(err, KVS_EINVAL, "+probe=%s: %s does not look at what probe rows attend to",
+                             p->probe->info.name, name);
+    if (rows && !(needs & KVS_POLICY_NEEDS_WINDOW))
+        return kvs_error_set(
+            err, KVS_EINVAL,
+            "+probe=%s adds rows to the window of attention, which %s does not look at; snapkv and laq do",
+            p->probe->info.name, name);
     if (p->budget != NULL && p->ops->target != NULL)
         return kvs_error_set(err, KVS_EINVAL,
                              "%s says itself how many slots each head keeps: it takes no +budget=%s, only "
@@ -485,7 +530,7 @@ kvs_status kvs_policy_parse(const char *spec, const char *position, bool paper_c
     while (isspace((unsigned char)*spec))
         spec++;
     word name, value;
-    spec = next_word(spec, ":+" SPACE, &name);
+    spec = preset_name(spec, &name);
     KVS_TRY(find_preset(name.text, &p.ops, err));
     for (uint32_t i = 0; i < p.ops->n_params; i++)
         p.params[i] = p.ops->params[i].value;
@@ -493,6 +538,8 @@ kvs_status kvs_policy_parse(const char *spec, const char *position, bool paper_c
         KVS_TRY(parse_keep(p.ops->keep, &p, err));
     KVS_TRY(parse_schedule(p.ops->schedule, &p, err));
     KVS_TRY(kvs_position_parse(p.ops->position, &p.position, &p.gap_cap, err));
+    if (p.ops->probe != NULL)
+        KVS_TRY(parse_probe(p.ops->probe, &p, err));
     if (p.ops->rescore != NULL)
         KVS_TRY(parse_rescore(p.ops->rescore, &p, err));
     if (p.ops->budget != NULL)
@@ -544,7 +591,11 @@ uint32_t kvs_policy_window(const kvs_policy *p)
         rows = p->ops->window_of(p->params);
     if (p->rescore != NULL && p->rescore->window_of != NULL)
         rows = kvs_max_u32(rows, p->rescore->window_of(p->rescore_params));
-    return kvs_min_u32(rows, KVS_POLICY_WINDOW_MAX);
+    if (rows != 0 && p->probe != NULL && p->probe->kind == KVS_PROBE_LOOKAHEAD)
+        rows += (uint32_t)p->probe_params[0];
+    if (rows != 0 && p->probe != NULL && p->probe->kind == KVS_PROBE_PROMPT)
+        rows = kvs_max_u32(rows, (uint32_t)p->probe_params[0]);
+    return rows;
 }
 
 size_t kvs_policy_work(const kvs_policy *p, uint32_t n_slots, uint32_t head_dim)

@@ -139,8 +139,10 @@ static void store_task(void *ctx, uint32_t task, uint32_t thread)
             nudge(k, dh, run->session->perturb_seed, at * 3 + 1);
             nudge(v, dh, run->session->perturb_seed, at * 3 + 2);
         }
-        if (run->log_queries)
-            kvs_query_log_write(&run->session->queries, t->layer, head, run->session->n_tokens - run->n_rows + r, q);
+        if (run->use == KVS_ROWS_SAID || run->use == KVS_ROWS_LOG)
+            kvs_query_log_write(&run->session->queries, t->layer, head, run->token_idx + r, q);
+        if (run->use == KVS_ROWS_SAID)
+            kvs_query_log_count(&run->session->queries, t->layer, head, run->token_idx + r, q);
         const float *cos_sin = rope_row(m, rope0 + (int32_t)r, rope_buf);
         m->kernels->rope(q, group, dh, cos_sin, m->n_freq);
         m->kernels->rope(k, 1, dh, cos_sin, m->n_freq);
@@ -361,6 +363,28 @@ static void attend_split(const layer_task *layer)
     kvs_pool_run(f->model->pool, split_output_task, &t, t.n_whole + n_rest * t.n_parts);
 }
 
+/* ---- probes ---- */
+
+static void judge_task(void *ctx, uint32_t task, uint32_t thread)
+{
+    const layer_task *t = ctx;
+    const uint32_t n_kv_heads = t->f->model->info.n_kv_heads;
+    const kvs_attend_run *run = &t->ctx->runs[task / n_kv_heads];
+    if (run->use == KVS_ROWS_JUDGE)
+        kvs_probe_record(run, t->f, t->layer, task % n_kv_heads, thread);
+}
+
+/* Blocks of rows, whole heads each. */
+static void attend_blocks(const layer_task *t, uint32_t n_blocks)
+{
+    const kvs_attend_ctx *a = t->ctx;
+    const uint32_t n_kv_heads = t->f->model->info.n_kv_heads;
+    for (uint32_t r = 0; r < a->n_runs; r++)
+        for (uint32_t h = 0; h < n_kv_heads && a->runs[r].tap_from < a->runs[r].n_rows; h++)
+            atomic_init(turn_of(t, &a->runs[r], h), 0);
+    kvs_pool_run(t->f->model->pool, attend_task, (void *)(uintptr_t)t, n_blocks);
+}
+
 /* ---- the hook ---- */
 
 void kvs_attend(void *ctx, kvs_forward *f, uint32_t layer, uint32_t n_rows)
@@ -379,12 +403,10 @@ void kvs_attend(void *ctx, kvs_forward *f, uint32_t layer, uint32_t n_rows)
             store_task(&t, task, 0);
     else
         kvs_pool_run(pool, store_task, &t, a->n_runs * n_kv_heads);
-    if (worth_splitting(a, f, layer)) {
+    if (worth_splitting(a, f, layer))
         attend_split(&t);
-        return;
-    }
-    for (uint32_t r = 0; r < a->n_runs; r++)
-        for (uint32_t h = 0; h < n_kv_heads && a->runs[r].tap_from < a->runs[r].n_rows; h++)
-            atomic_init(turn_of(&t, &a->runs[r], h), 0);
-    kvs_pool_run(pool, attend_task, &t, n_blocks);
+    else
+        attend_blocks(&t, n_blocks);
+    if (a->judged)
+        kvs_pool_run(pool, judge_task, &t, a->n_runs * n_kv_heads);
 }

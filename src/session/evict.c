@@ -46,16 +46,21 @@ static void carve_thread(carver *c, const kvs_session *s, kvs_view_scratch *t)
         t->keys_raw = carve(c, n * dh, sizeof(float));
     if (needs & KVS_POLICY_NEEDS_VALUES)
         t->values = carve(c, n * dh, sizeof(float));
+    const size_t pages = kvs_cache_pages_bound(s->cache);
+    if (needs & (KVS_POLICY_NEEDS_WINDOW | KVS_POLICY_NEEDS_PROBE)) {
+        t->pages = carve(c, pages, sizeof *t->pages);
+        t->most = carve(c, KVS_ATTN_ROWS_MAX * group, sizeof *t->most);
+        t->physical = carve(c, KVS_ATTN_ROWS_MAX * group * pages * KVS_PAGE_SLOTS, sizeof(float));
+    }
+    if (needs & KVS_POLICY_NEEDS_PROBE)
+        t->list = carve(c, pages * KVS_PAGE_SLOTS, sizeof *t->list);
     if (needs & KVS_POLICY_NEEDS_WINDOW) {
-        const size_t rows = e->window * group, pages = kvs_cache_pages_bound(s->cache);
+        const size_t rows = e->window * group;
         t->prob = carve(c, rows * n, sizeof(float));
         if (needs & KVS_POLICY_NEEDS_LOGITS)
             t->logit = carve(c, rows * n, sizeof(float));
         t->query = carve(c, rows * dh, sizeof(float));
         t->window_pos = carve(c, e->window, sizeof *t->window_pos);
-        t->pages = carve(c, pages, sizeof *t->pages);
-        t->most = carve(c, KVS_ATTN_ROWS_MAX * group, sizeof *t->most);
-        t->physical = carve(c, KVS_ATTN_ROWS_MAX * group * pages * KVS_PAGE_SLOTS, sizeof(float));
     }
     t->work = carve(c, kvs_policy_work(&s->policy, e->n_slots, info->head_dim), sizeof(float));
     if (s->policy.ops->score_layer != NULL) {
@@ -176,7 +181,8 @@ uint32_t kvs_keep_default(const kvs_session *s)
     const uint64_t keep = cap - chunk;
     /* The last page of each head is half empty on average where heads differ: room for the chunk is counted in pages. */
     const uint64_t slack = kvs_policy_is_ragged(&s->policy) ? KVS_PAGE_SLOTS : 0;
-    return (uint32_t)(keep > 2 * slack ? keep - slack : keep);
+    const uint64_t less = slack + s->probe.reserve_tokens;
+    return (uint32_t)(less == 0 ? keep : keep > 2 * less ? keep - less : keep / 2 > 1 ? keep / 2 : 1);
 }
 
 /* How many slots of this head the even share keeps. An override that the budget asks for cannot go below what is
@@ -419,6 +425,8 @@ static uint32_t step_of(const kvs_session *s, uint32_t n_kv_heads, uint32_t n_he
 
 static kvs_status choose(eviction *x)
 {
+    x->any = false;
+    x->mass_all = x->mass_kept = 0;
     const uint64_t t0 = kvs_now_ns();
     score_all(x);
     const uint64_t t1 = kvs_now_ns();
@@ -484,7 +492,7 @@ static kvs_status recompute(kvs_session *s, kvs_forward *f, kvs_error *err)
     kvs_cache_clear(s->cache);
     for (uint32_t at = 0; at < n;) {
         const uint32_t rows = kvs_min_u32(n - at, kvs_min_u32(s->chunk_tokens, f->max_rows));
-        KVS_TRY(kvs_step_raw(s, f, e->token + at, e->flags + at, e->kept_pos + at, rows, err));
+        KVS_TRY(kvs_step_raw(s, f, e->token + at, e->flags + at, e->kept_pos + at, rows, KVS_ROWS_ALONE, err));
         at += rows;
     }
     s->footprint_skip += kvs_cache_meter_now(s->cache)->footprint_slots - footprint;
@@ -509,9 +517,16 @@ kvs_status kvs_evict(kvs_session *s, kvs_forward *forward, uint32_t keep_overrid
     x.step = step_of(s, x.n_kv_heads, x.n_heads);
     /* A policy that looks at no attention, key or value sees the same in every head that holds the same. */
     x.n_scored = kvs_policy_needs(&s->policy) == 0 && x.step == x.n_heads ? 1 : x.n_heads;
-    KVS_TRY(choose(&x));
-    if (!x.any)
-        return KVS_OK;
+    KVS_TRY(kvs_probe_before(s, forward, err));
+    kvs_status status = choose(&x);
+    if (status == KVS_OK && kvs_probe_wants_kept(s)) {
+        status = kvs_probe_on_kept(s, forward, s->scratch.keep, s->scratch.n_slots, err);
+        if (status == KVS_OK)
+            status = choose(&x);
+    }
+    kvs_probe_end(s);
+    if (status != KVS_OK || !x.any)
+        return status;
     const uint64_t t1 = kvs_now_ns();
     apply(s);
     if (s->policy.position == KVS_POSITION_RECOMPUTE)

@@ -74,9 +74,13 @@ static void add_moments(double *restrict sum, double *restrict square, const flo
 
 void kvs_query_log_write(kvs_query_log *log, uint32_t layer, uint32_t kv_head, uint64_t token_idx, const float *q)
 {
-    const uint32_t n = log->head_dim;
     if (log->n_rows != 0)
         memcpy(row_at(log, layer, kv_head, token_idx), q, row_floats(log) * sizeof *q);
+}
+
+void kvs_query_log_count(kvs_query_log *log, uint32_t layer, uint32_t kv_head, uint64_t token_idx, const float *q)
+{
+    const uint32_t n = log->head_dim;
     if (log->sum == NULL || token_idx < KVS_QUERY_STATS_SKIP)
         return;
     const size_t head = (size_t)layer * log->n_kv_heads + kv_head;
@@ -91,6 +95,12 @@ void kvs_query_log_advance(kvs_query_log *log, uint64_t n_tokens, uint32_t n)
     log->n_valid = kvs_min_u32(log->n_rows, log->n_valid + n);
     const uint64_t first = n_tokens - n < KVS_QUERY_STATS_SKIP ? KVS_QUERY_STATS_SKIP : n_tokens - n;
     log->n_stats += n_tokens > first ? n_tokens - first : 0;
+}
+
+void kvs_query_log_look_ahead(kvs_query_log *log, uint32_t n)
+{
+    log->n_ahead = n;
+    log->n_valid = kvs_min_u32(log->n_rows, log->n_valid + n);
 }
 
 void kvs_query_log_drop(kvs_query_log *log, uint64_t n)

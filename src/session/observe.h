@@ -14,7 +14,8 @@ enum {
 typedef struct kvs_query_log {
     uint32_t n_layers, n_kv_heads, group, head_dim;
     uint32_t n_rows;  /* capacity; 0: not wanted */
-    uint32_t n_valid; /* rows of the tokens [n_tokens - n_valid, n_tokens) are there */
+    uint32_t n_ahead; /* rows beyond what was said: of a probe, for the eviction that is under way */
+    uint32_t n_valid; /* rows of the tokens [n_tokens + n_ahead - n_valid, n_tokens + n_ahead) are there */
     float *rows;      /* [n_layers][n_kv_heads][n_rows][group][head_dim]; token t at row t % n_rows */
     uint64_t n_stats; /* queries counted in the sums */
     double *sum;      /* [n_layers][n_kv_heads][group][head_dim], or NULL */
@@ -28,6 +29,10 @@ kvs_status kvs_query_log_create(kvs_query_log *log, const kvs_allocator *a, uint
 void kvs_query_log_free(kvs_query_log *log, const kvs_allocator *a);
 /* One row of one head: q [group][head_dim] before rotation, of token `token_idx`. Heads may come from several threads. */
 void kvs_query_log_write(kvs_query_log *log, uint32_t layer, uint32_t kv_head, uint64_t token_idx, const float *q);
+/* The same into the sums only. */
+void kvs_query_log_count(kvs_query_log *log, uint32_t layer, uint32_t kv_head, uint64_t token_idx, const float *q);
+/* n rows of a probe were written behind what was said. */
+void kvs_query_log_look_ahead(kvs_query_log *log, uint32_t n);
 /* After n rows were run; after truncating to what was n_tokens - n. */
 void kvs_query_log_advance(kvs_query_log *log, uint64_t n_tokens, uint32_t n);
 void kvs_query_log_drop(kvs_query_log *log, uint64_t n);

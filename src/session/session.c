@@ -58,14 +58,15 @@ static kvs_status check_budget(const kvs_session *s, kvs_error *err)
 {
     const kvs_cache_meter m = *kvs_cache_meter_now(s->cache);
     const kvs_protect *p = &s->policy.protect;
-    const uint64_t least = s->policy.ops->never_evicts ? 1 : (uint64_t)p->sinks + p->recent + 1;
+    const uint64_t least =
+        s->policy.ops->never_evicts ? 1 : (uint64_t)p->sinks + p->recent + 1 + s->probe.reserve_tokens;
     if (m.budget_tokens < least)
         return kvs_error_set(
             err, KVS_EBUDGET,
             "budget of %llu tokens a head (%llu bytes) cannot hold what is protected (sinks %u, recent "
-            "%u) plus one token; it must be at least %llutok",
+            "%u), %u rows of a probe and one token; it must be at least %llutok",
             (unsigned long long)m.budget_tokens, (unsigned long long)m.budget_bytes, p->sinks, p->recent,
-            (unsigned long long)least);
+            s->probe.reserve_tokens, (unsigned long long)least);
     if (s->policy.schedule == KVS_SCHEDULE_TOKENS && s->policy.schedule_value > m.budget_tokens &&
         !s->policy.ops->never_evicts)
         return kvs_error_set(err, KVS_EINVAL, "trigger tokens:%llu is over the budget of %llu tokens",
@@ -127,10 +128,11 @@ static kvs_status create_queries(kvs_session *s, kvs_error *err)
 static kvs_status finish_create(kvs_session *s, kvs_error *err)
 {
     kvs_forward *f;
-    KVS_TRY(check_budget(s, err));
     KVS_TRY(create_queries(s, err));
     KVS_TRY(kvs_session_forward(s, &f, err));
     KVS_TRY(kvs_evict_scratch_create(s, err));
+    KVS_TRY(kvs_probe_create(s, err));
+    KVS_TRY(check_budget(s, err));
     KVS_TRY(reserve_forward(s, f, err));
     const kvs_cache_meter m = *kvs_cache_meter_now(s->cache);
     const uint32_t chunk = s->options.chunk_tokens != 0 ? s->options.chunk_tokens : 256;
@@ -166,6 +168,7 @@ void kvs_session_free(kvs_session **session)
     *session = NULL;
     kvs_cache_free(&s->cache);
     kvs_evict_scratch_free(s);
+    kvs_probe_free(s);
     kvs_query_log_free(&s->queries, s->allocator);
     kvs_free(s->allocator, s);
 }
@@ -341,7 +344,7 @@ void kvs_session_get_usage(const kvs_session *s, kvs_usage *u)
     kvs_cache_get_meter(s->cache, &m);
     const uint64_t n_heads = (uint64_t)s->model->info.n_layers * s->model->info.n_kv_heads;
     const double full = (double)n_heads * (double)s->n_tokens * ((double)s->n_tokens + 1) / 2;
-    const uint64_t scratch = s->scratch.bytes + s->queries.bytes + s->model->forward->bytes;
+    const uint64_t scratch = s->scratch.bytes + s->queries.bytes + s->probe.bytes + s->model->forward->bytes;
     *u = (kvs_usage){
         .budget_bytes = m.budget_bytes,
         .budget_tokens = m.budget_tokens,

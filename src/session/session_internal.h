@@ -8,6 +8,7 @@
 #include "model/forward.h"
 #include "policy/policy.h"
 #include "session/observe.h"
+#include "session/probe.h"
 
 /* What one thread needs to look at one head; arrays that the policy does not ask for are NULL. */
 typedef struct kvs_view_scratch {
@@ -23,6 +24,7 @@ typedef struct kvs_view_scratch {
     kvs_policy_view *layer_views;    /* [n_kv_heads] */
     float **layer_scores;
     float *work;
+    uint32_t *list;   /* [physical slots] */
     uint64_t *select; /* [2 n_slots + 2] */
     uint32_t *unit;   /* [n_slots] */
 } kvs_view_scratch;
@@ -66,6 +68,10 @@ struct kvs_session {
     kvs_evict_scratch scratch;
     kvs_turn_log turns; /* its memory is among scratch's bytes */
     kvs_query_log queries;
+    kvs_probe probe;
+    int32_t probe_token;    /* what a lookahead begins with */
+    const int32_t *pending; /* prompt tokens still to come in the call that is under way, or NULL */
+    uint32_t n_pending;
     void (*on_event)(void *ctx, const kvs_event *event);
     void *event_ctx;
 };
@@ -79,17 +85,27 @@ uint32_t kvs_keep_default(const kvs_session *s);
 kvs_status kvs_evict_scratch_create(kvs_session *s, kvs_error *err);
 void kvs_evict_scratch_free(kvs_session *s);
 
+/* What is remembered of a run's rows besides their keys and values. */
+typedef enum kvs_row_use {
+    KVS_ROWS_ALONE = 0, /* nothing */
+    KVS_ROWS_SAID,      /* of the conversation: the query log takes them */
+    KVS_ROWS_LOG,       /* of a probe, as the newest rows of the query log */
+    KVS_ROWS_JUDGE,     /* of a probe, what they attend to */
+} kvs_row_use;
+
 /* attend.c: one session's share of a forward step. */
 typedef struct kvs_attend_run {
     kvs_session *session;
     uint32_t row0, n_rows; /* rows of the step */
     uint32_t tap_from;     /* first row (of this run) whose attention is recorded; n_rows: none */
     bool tap_reset;        /* the accumulators of the latest forward start anew */
-    bool log_queries;      /* the rows are of the conversation: the session's query log takes them */
+    kvs_row_use use;
+    uint64_t token_idx; /* of the first row */
 } kvs_attend_run;
 typedef struct kvs_attend_ctx {
     const kvs_attend_run *runs;
     uint32_t n_runs;
+    bool judged; /* some run's rows judge slots */
 } kvs_attend_ctx;
 /* Bytes of scratch a thread needs for sessions whose heads have n_pages at most. */
 size_t kvs_attend_scratch_bytes(const kvs_model *m, uint32_t n_pages);
@@ -102,7 +118,7 @@ kvs_policy_view kvs_view_facts(const kvs_session *s, uint32_t layer, uint32_t he
 
 /* step.c: appends n tokens at positions pos and runs them, without schedule and logits. EBUDGET: no room, unchanged. */
 kvs_status kvs_step_raw(kvs_session *s, kvs_forward *f, const int32_t *tokens, const uint8_t *flags, const int32_t *pos,
-                        uint32_t n, kvs_error *err);
+                        uint32_t n, kvs_row_use use, kvs_error *err);
 kvs_status kvs_session_forward(kvs_session *s, kvs_forward **out, kvs_error *err);
 
 /* The noise floor: from now on this session's inputs are nudged by one rounding step, up or down by the seed. */

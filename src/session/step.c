@@ -95,6 +95,13 @@ static void mark_schedule(kvs_session *s)
         s->schedule_mark = s->n_tokens;
 }
 
+/* Rows of the conversation that fit, room for the probe's rows left free. */
+static uint32_t room_of(const kvs_session *s)
+{
+    const uint32_t room = kvs_cache_room(s->cache), reserve = s->probe.reserve_tokens;
+    return room > reserve ? room - reserve : 0;
+}
+
 /* A baseline whose cache is full, or a policy that frees nothing. */
 static kvs_status refuse(const kvs_session *s, uint32_t n_more, kvs_error *err)
 {
@@ -137,7 +144,7 @@ static kvs_status plan_compat(kvs_session *s, kvs_forward *f, const kvs_run *run
         if (!p.act)
             *n_rows = kvs_min_u32(kvs_min_u32(left, s->chunk_tokens), p.rows_max);
     }
-    const uint32_t room = kvs_cache_room(s->cache);
+    const uint32_t room = room_of(s);
     if (room == 0)
         return refuse(s, left, err);
     *n_rows = rows_of_one_kind(run, at, kvs_min_u32(*n_rows, room));
@@ -152,6 +159,8 @@ static kvs_status plan_rows(kvs_session *s, kvs_forward *f, const kvs_run *run, 
         return plan_compat(s, f, run, at, n_rows, err);
     const uint32_t left = run->n_tokens - at;
     const bool answer = is_answer(run, at);
+    s->pending = answer ? NULL : run->tokens + at;
+    s->n_pending = answer ? 0 : rows_of_one_kind(run, at, left);
     const char *path = answer ? "decode" : "in_prefill";
     plan p = consult_schedule(s, answer);
     bool progress = true;
@@ -161,7 +170,7 @@ static kvs_status plan_rows(kvs_session *s, kvs_forward *f, const kvs_run *run, 
         mark_schedule(s);
         p = consult_schedule(s, answer);
     }
-    uint32_t room = kvs_cache_room(s->cache);
+    uint32_t room = room_of(s);
     if (hold && room < left && is_answer(run, run->n_tokens - 1) == answer)
         return kvs_error_set(err, KVS_EBUDGET,
                              "prefill full needs room for the whole prompt: %u more tokens, room for %u; raise the "
@@ -175,7 +184,7 @@ static kvs_status plan_rows(kvs_session *s, kvs_forward *f, const kvs_run *run, 
             KVS_TRY(kvs_evict(s, f, kvs_keep_default(s), path, "budget", &progress, err));
         if (!progress)
             return refuse(s, left, err);
-        room = kvs_cache_room(s->cache);
+        room = room_of(s);
     }
     uint32_t n = kvs_min_u32(kvs_min_u32(left, room), s->chunk_tokens);
     /* A trigger that eviction cannot satisfy (keep above it) still lets one row through: it is asked again after. */
@@ -228,17 +237,20 @@ static void plan_tap(kvs_session *s, kvs_attend_run *r, const uint8_t *flags)
 static void run_forward(kvs_forward *f, step_rows *rows, kvs_arith arith)
 {
     kvs_attend_ctx ctx = {.runs = rows->runs, .n_runs = rows->n_runs};
+    for (uint32_t i = 0; i < rows->n_runs; i++)
+        ctx.judged |= rows->runs[i].use == KVS_ROWS_JUDGE;
     kvs_forward_rows(f, arith, rows->tokens, rows->n_rows, kvs_attend, &ctx);
 }
 
 kvs_status kvs_step_raw(kvs_session *s, kvs_forward *f, const int32_t *tokens, const uint8_t *flags, const int32_t *pos,
-                        uint32_t n, kvs_error *err)
+                        uint32_t n, kvs_row_use use, kvs_error *err)
 {
     static _Thread_local step_rows rows;
     rows = (step_rows){.n_runs = 1, .n_rows = n};
     memcpy(rows.tokens, tokens, n * sizeof *tokens);
     KVS_TRY(kvs_cache_append(s->cache, pos, tokens, flags, n, err));
-    rows.runs[0] = (kvs_attend_run){.session = s, .n_rows = n, .tap_from = n};
+    rows.runs[0] =
+        (kvs_attend_run){.session = s, .n_rows = n, .tap_from = n, .use = use, .token_idx = (uint64_t)pos[0]};
     run_forward(f, &rows, s->options.arith);
     return KVS_OK;
 }
@@ -326,7 +338,8 @@ static kvs_status add_run(kvs_forward *f, step_rows *rows, kvs_run *run, uint32_
     kvs_attend_run *r = &rows->runs[rows->n_runs];
     *r = (kvs_attend_run){.session = s, .row0 = rows->n_rows, .n_rows = n};
     plan_tap(s, r, flags);
-    r->log_queries = s->queries.bytes != 0;
+    r->use = s->queries.bytes != 0 ? KVS_ROWS_SAID : KVS_ROWS_ALONE;
+    r->token_idx = s->n_tokens;
     memcpy(rows->tokens + rows->n_rows, run->tokens + at, n * sizeof *run->tokens);
     kvs_turn_log_append(&s->turns, (int32_t)s->n_tokens, flags, n);
     s->n_tokens += n;

@@ -46,7 +46,7 @@ static void read_keys_and_values(const kvs_session *s, kvs_policy_view *v, kvs_v
 /* Where a logged row's token stands now: as far before the next one as it was said before it. */
 static int32_t rope_of_row(const kvs_session *s, int32_t rope_next, uint64_t token_idx)
 {
-    return rope_next - (int32_t)(s->n_tokens - token_idx);
+    return rope_next + (int32_t)((int64_t)token_idx - (int64_t)s->n_tokens);
 }
 
 /* Copies the live ones of the physical scores of one row and head, and turns them into probabilities of the slots that
@@ -85,7 +85,7 @@ static void read_window(const kvs_session *s, kvs_policy_view *v, kvs_view_scrat
     const size_t stride = kvs_round_up(n_physical, KVS_TILE_SLOTS), width = (size_t)group * dh;
     kvs_cache_views(s->cache, v->layer, v->kv_head, t->pages, NULL);
     for (uint32_t r = 0; r < n_rows; r++) {
-        const uint64_t token_idx = s->n_tokens - n_rows + r;
+        const uint64_t token_idx = s->n_tokens + s->queries.n_ahead - n_rows + r;
         float cos_sin[KVS_HEAD_DIM_MAX];
         kvs_rope_row(&m->rope, rope_of_row(s, v->rope_next, token_idx), cos_sin);
         memcpy(t->query + r * width, kvs_query_log_row(&s->queries, v->layer, v->kv_head, token_idx),
@@ -162,6 +162,8 @@ kvs_policy_view kvs_view_head(const kvs_session *s, uint32_t layer, uint32_t hea
     read_keys_and_values(s, &v, t);
     if (t->prob != NULL)
         read_window(s, &v, t);
+    if (s->probe.most != NULL)
+        v.probe = s->probe.most + ((size_t)layer * v.n_kv_heads + head) * v.group * s->scratch.n_slots;
     const kvs_query_log *q = &s->queries;
     if (q->sum != NULL) {
         const size_t at = ((size_t)layer * q->n_kv_heads + head) * q->group * q->head_dim;

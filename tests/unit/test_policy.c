@@ -20,7 +20,7 @@ typedef struct bench {
     uint8_t flags[SLOTS_MAX];
     float mass_sum[SLOTS_MAX], mass_ema[SLOTS_MAX], mass_max[SLOTS_MAX];
     float scores[SLOTS_MAX];
-    float carry[SLOTS_MAX], out_norm[GROUP * SLOTS_MAX];
+    float carry[SLOTS_MAX], out_norm[GROUP * SLOTS_MAX], probe[GROUP * SLOTS_MAX];
     float keys[SLOTS_MAX * HEAD_DIM], keys_raw[SLOTS_MAX * HEAD_DIM], values[SLOTS_MAX * HEAD_DIM];
     int32_t window_pos[WINDOW];
     float prob[WINDOW * GROUP * SLOTS_MAX], logit[WINDOW * GROUP * SLOTS_MAX], query[WINDOW * GROUP * HEAD_DIM];
@@ -52,7 +52,7 @@ static void fill_contents(kvs_rng *rng, uint32_t n)
     random_floats(rng, b.values, (size_t)n * HEAD_DIM);
     random_floats(rng, b.query, sizeof b.query / sizeof *b.query);
     for (uint32_t i = 0; i < GROUP * n; i++)
-        b.out_norm[i] = (float)kvs_rng_double(rng);
+        b.out_norm[i] = b.probe[i] = (float)kvs_rng_double(rng);
     for (uint32_t i = 0; i < n; i++)
         b.carry[i] = kvs_rng_below(rng, 3) == 0 ? 0 : (float)kvs_rng_double(rng);
     b.view.n_window = kvs_min_u32(WINDOW, n);
@@ -99,6 +99,7 @@ static void fill_contents(kvs_rng *rng, uint32_t n)
     b.view.n_freq = HEAD_DIM / 2;
     b.view.rope_next = (int32_t)b.view.n_tokens;
     b.view.out_norm = b.out_norm;
+    b.view.probe = b.probe;
 }
 
 /* n slots of a conversation with gaps; markers, a system prompt at the start, a few pinned. */
