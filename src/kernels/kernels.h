@@ -166,6 +166,7 @@ struct kvs_kernels {
     /* y[i] = (a[i] / (1 + kvs_expf(-a[i]))) * b[i] */
     void (*swiglu)(float *y, const float *a, const float *b, uint32_t n);
     void (*add)(float *y, const float *x, uint32_t n);                 /* y += x */
+    void (*exp_scale)(float *x, uint32_t n, float less, float scale);  /* x = kvs_expf(x - less) * scale */
     double (*logsumexp)(const float *x, uint32_t n, uint32_t *argmax); /* argmax may be NULL */
     void (*dist_pair)(kvs_dist_pair *out, const float *p_logits, const float *q_logits, uint32_t n);
     /* f32 <-> IEEE half, round to nearest even */

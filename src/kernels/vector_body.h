@@ -76,6 +76,15 @@ static void add(float *y, const float *x, uint32_t n)
         y[i] += x[i];
 }
 
+static void exp_scale(float *x, uint32_t n, float less, float scale)
+{
+    uint32_t i = 0;
+    for (; i + VF_LANES <= n; i += VF_LANES)
+        vf_store(x + i, vf_mul(vf_exp(vf_sub(vf_load(x + i), vf_set1(less))), vf_set1(scale)));
+    for (; i < n; i++)
+        x[i] = kvs_expf(x[i] - less) * scale;
+}
+
 /* Up to 16 elements from x, the rest -inf: they weigh exp(-inf) = 0. */
 static const float *padded(const float *x, uint32_t i, uint32_t n, float *buf)
 {
@@ -231,6 +240,7 @@ void VF_NAME(kvs_vector_fill)(kvs_kernels *k)
     k->rope = rope;
     k->swiglu = swiglu;
     k->add = add;
+    k->exp_scale = exp_scale;
     k->logsumexp = logsumexp;
     k->dist_pair = dist_pair;
     k->f32_to_f16 = f32_to_f16;

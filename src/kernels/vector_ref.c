@@ -74,6 +74,12 @@ static void rope_ref(float *x, uint32_t n_heads, uint32_t head_dim, const float 
     }
 }
 
+static void exp_scale_ref(float *x, uint32_t n, float less, float scale)
+{
+    for (uint32_t i = 0; i < n; i++)
+        x[i] = kvs_expf(x[i] - less) * scale;
+}
+
 static void swiglu_ref(float *y, const float *a, const float *b, uint32_t n)
 {
     for (uint32_t i = 0; i < n; i++)
@@ -178,6 +184,7 @@ void kvs_vector_fill_ref(kvs_kernels *k)
     k->rmsnorm = rmsnorm_ref;
     k->rope = rope_ref;
     k->swiglu = swiglu_ref;
+    k->exp_scale = exp_scale_ref;
     k->add = add_ref;
     k->logsumexp = logsumexp_ref;
     k->dist_pair = dist_pair_ref;

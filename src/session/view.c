@@ -50,30 +50,27 @@ static int32_t rope_of_row(const kvs_session *s, int32_t rope_next, uint64_t tok
 }
 
 /* Copies the live ones of the physical scores of one row and head, and turns them into probabilities of the slots that
- * are not newer than the row. The sum is one chain over ascending slots. */
-static void soften(const kvs_policy_view *v, const kvs_page_view *pages, uint32_t n_pages, const float *physical,
-                   int32_t row_pos, float *logit, float *prob)
+ * are not newer than the row. */
+static void soften(const kvs_kernels *kernels, const kvs_policy_view *v, const kvs_page_view *pages, uint32_t n_pages,
+                   const float *physical, int32_t row_pos, float *logit, float *prob)
 {
     uint32_t n = 0;
     for (uint32_t p = 0; p < n_pages; p++)
         for (uint64_t bits = pages[p].live; bits != 0; bits &= bits - 1)
             prob[n++] = physical[(size_t)p * KVS_PAGE_SLOTS + (uint32_t)__builtin_ctzll(bits)];
-    uint32_t n_seen = 0;
-    float most = -INFINITY;
-    for (; n_seen < n && v->pos[n_seen] <= row_pos; n_seen++)
-        most = prob[n_seen] > most ? prob[n_seen] : most;
-    for (uint32_t i = n_seen; i < n; i++)
-        prob[i] = -INFINITY;
+    uint32_t n_seen = n;
+    while (n_seen > 0 && v->pos[n_seen - 1] > row_pos)
+        prob[--n_seen] = -INFINITY;
     if (logit != NULL)
         memcpy(logit, prob, n * sizeof *prob);
-    float sum = 0;
-    for (uint32_t i = 0; i < n; i++) {
-        prob[i] = i < n_seen ? kvs_expf(prob[i] - most) : 0.0f;
-        sum += prob[i];
-    }
-    const float scale = sum > 0 ? 1.0f / sum : 0.0f;
-    for (uint32_t i = 0; i < n; i++)
-        prob[i] *= scale;
+    for (uint32_t i = n_seen; i < n; i++)
+        prob[i] = 0;
+    if (n_seen == 0)
+        return;
+    uint32_t best;
+    const double lse = kernels->logsumexp(prob, n_seen, &best);
+    const float most = prob[best];
+    kernels->exp_scale(prob, n_seen, most, (float)exp((double)most - lse));
 }
 
 static void read_window(const kvs_session *s, kvs_policy_view *v, kvs_view_scratch *t)
@@ -109,7 +106,7 @@ static void read_window(const kvs_session *s, kvs_policy_view *v, kvs_view_scrat
         m->kernels->attend_scores(&job, 0, n_physical, t->physical, stride, t->most);
         for (uint32_t r = 0; r < job.n_rows * group; r++) {
             const size_t at = ((size_t)row * group + r) * v->n_slots;
-            soften(v, t->pages, n_pages, t->physical + r * stride, t->window_pos[row + r / group],
+            soften(m->kernels, v, t->pages, n_pages, t->physical + r * stride, t->window_pos[row + r / group],
                    t->logit == NULL ? NULL : t->logit + at, t->prob + at);
         }
     }

@@ -112,6 +112,8 @@ static void elementwise_differs_between_instruction_sets(void **state)
             assert_same_bits(got, want, N_MAX + 1);
             ref->add(want, x, n), k->add(got, x, n);
             assert_same_bits(got, want, N_MAX + 1);
+            ref->exp_scale(want, n, x[n / 2], w[0]), k->exp_scale(got, n, x[n / 2], w[0]);
+            assert_same_bits(got, want, N_MAX + 1);
             const uint32_t n_freq = n % 5 ? n / 2 : n / 3;
             ref->rope(want, 3, n, w, n_freq), k->rope(got, 3, n, w, n_freq);
             assert_same_bits(got, want, N_MAX + 1);
