@@ -48,8 +48,9 @@ typedef struct kvs_policy_view {
     uint32_t group; /* query heads that share this KV head */
     uint32_t head_dim;
     uint32_t n_slots;
-    uint32_t n_keep;  /* how many the even share of the budget keeps, protected ones included */
-    int64_t n_tokens; /* said so far; every pos is below it */
+    uint32_t n_keep;       /* how many the even share of the budget keeps, protected ones included */
+    int64_t n_tokens;      /* said so far; every pos is below it */
+    int64_t n_tokens_last; /* said at the last eviction; 0: there was none */
     const int32_t *pos, *rope_pos;
     const int32_t *token;
     const uint8_t *flags; /* KVS_TOKEN_* */
@@ -72,6 +73,7 @@ typedef struct kvs_policy_view {
     uint32_t n_freq;
     int32_t rope_next;     /* where the next token will stand */
     const float *out_norm; /* [group][n_slots] */
+    const uint64_t *sentence_ends; /* bit t % 64 of element t / 64: token t ends a sentence; NULL unless asked */
     const float *probe;    /* [group][n_slots]: the largest probability that any probe row's query head gave the slot */
     float *work;           /* [work_of()] f32, this call's own; contents undefined */
     uint64_t seed, event;  /* for random policies: this session's seed, how many evictions came before */
@@ -102,6 +104,9 @@ typedef struct kvs_policy_ops {
     void (*score_layer)(const double *params, const kvs_policy_view *views, float *const *scores);
     /* How many to keep of view->n_slots; n_default is what `keep` says. NULL: n_default. */
     uint32_t (*target)(const double *params, const kvs_policy_view *view, uint32_t n_default);
+    /* The same once scores are known, those of the set (averaged over its heads); the view has facts only. NULL: none. */
+    uint32_t (*target_by_score)(const double *params, const kvs_policy_view *view, const float *scores,
+                                uint32_t n_default);
     /* Needs that depend on parameters, added to `needs`; NULL: none. */
     uint32_t (*needs_of)(const double *params);
     /* Scope by parameters; NULL: scope. */

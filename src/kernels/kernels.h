@@ -156,6 +156,11 @@ typedef struct kvs_dist_pair {
 } kvs_dist_pair;
 
 /* Elementwise and small kernels; no allocation, any length, any alignment. */
+enum {
+    KVS_NORM_ROWS = 6, /* rows that product_norm takes at a time; 2, 3 and 6 divide it */
+    KVS_NORM_DIM_MAX = 512,
+};
+
 struct kvs_kernels {
     uint32_t cpu; /* KVS_CPU_* in force */
     /* y[i] = x[i] * (1 / sqrt(mean(x^2) + eps)) * w[i]; the sum of squares in 16 partial sums (i mod 16), fmaf chains,
@@ -169,6 +174,10 @@ struct kvs_kernels {
     void (*exp_scale)(float *x, uint32_t n, float less, float scale);  /* x = kvs_expf(x - less) * scale */
     double (*logsumexp)(const float *x, uint32_t n, uint32_t *argmax); /* argmax may be NULL */
     void (*dist_pair)(kvs_dist_pair *out, const float *p_logits, const float *q_logits, uint32_t n);
+    /* norm[i] = sum over r of |y|, y = sum over d of w[r][d] v[i][d]: fmaf chains over ascending d, then a chain over
+     * ascending r. w [n_rows][dim], n_rows a multiple of KVS_NORM_ROWS (rows of zeros add nothing), v [n][dim], dim at most
+     * KVS_NORM_DIM_MAX. */
+    void (*product_norm)(const float *w, uint32_t n_rows, uint32_t dim, const float *v, uint32_t n, float *norm);
     /* f32 <-> IEEE half, round to nearest even */
     void (*f32_to_f16)(uint16_t *y, const float *x, size_t n);
     void (*f16_to_f32)(float *y, const uint16_t *x, size_t n);

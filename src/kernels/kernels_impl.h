@@ -12,14 +12,18 @@
 /* Each overwrites its members of k; called upward from ref, so that what a level lacks stays from below. */
 void kvs_vector_fill_ref(kvs_kernels *k);
 void kvs_attention_fill_ref(kvs_kernels *k);
+void kvs_norm_fill_ref(kvs_kernels *k);
 #if defined(__x86_64__)
 void kvs_vector_fill_avx2(kvs_kernels *k);
 void kvs_attention_fill_avx2(kvs_kernels *k);
+void kvs_norm_fill_avx2(kvs_kernels *k);
 void kvs_vector_fill_avx512(kvs_kernels *k);
 void kvs_attention_fill_avx512(kvs_kernels *k);
+void kvs_norm_fill_avx512(kvs_kernels *k);
 #elif defined(__aarch64__)
 void kvs_vector_fill_neon(kvs_kernels *k);
 void kvs_attention_fill_neon(kvs_kernels *k);
+void kvs_norm_fill_neon(kvs_kernels *k);
 #endif
 
 /* exp: x = n ln 2 + r with |r| <= 0.3466; exp(r) = 1 + r + r^2 q(r), q of degree 4 by weighted least maximum (Lawson's

@@ -19,19 +19,23 @@ static void fill_tables(void)
         k->cpu = cpu;
         kvs_vector_fill_ref(k);
         kvs_attention_fill_ref(k);
+        kvs_norm_fill_ref(k);
 #if defined(__x86_64__)
         if (cpu & KVS_CPU_AVX2) {
             kvs_vector_fill_avx2(k);
             kvs_attention_fill_avx2(k);
+            kvs_norm_fill_avx2(k);
         }
         if (cpu & KVS_CPU_AVX512) {
             kvs_vector_fill_avx512(k);
             kvs_attention_fill_avx512(k);
+            kvs_norm_fill_avx512(k);
         }
 #elif defined(__aarch64__)
         if (cpu & KVS_CPU_NEON) {
             kvs_vector_fill_neon(k);
             kvs_attention_fill_neon(k);
+            kvs_norm_fill_neon(k);
         }
 #endif
         k->matmul = kvs_matmul_kernels_get(cpu);

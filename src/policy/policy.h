@@ -42,6 +42,9 @@ typedef struct kvs_choice_info {
 typedef struct kvs_rescore_ops {
     kvs_choice_info info;
     uint32_t needs;
+    /* With a budget stage and a set for each head it runs once that has shared out, which then goes by the first scorer:
+     * view->n_keep is the head's share, protected slots are +inf, the view has no window. */
+    bool after_budget;
     void (*rescore)(const double *params, const kvs_policy_view *view, float *scores);
     uint32_t (*window_of)(const double *params); /* as kvs_policy_ops */
     size_t (*work_of)(const double *params, uint32_t n_slots, uint32_t head_dim);
@@ -79,6 +82,7 @@ typedef struct kvs_budget_ops {
 /* Stage select: slots that stay or go together. unit [n_slots] u32: ascending numbers, equal for slots of one unit. */
 typedef struct kvs_select_ops {
     kvs_choice_info info;
+    bool sentences; /* view->sentence_ends has to be there */
     void (*units)(const double *params, const kvs_policy_view *view, uint32_t *unit);
     uint32_t (*reuse_of)(const double *params); /* layers in a row that share the first one's keep sets; NULL: 1 */
 } kvs_select_ops;
@@ -118,6 +122,9 @@ bool kvs_policy_is_ragged(const kvs_policy *p);
 /* Slots to keep of n_slots (a share rounds down, as the paper's script does); n_full is what an absent `keep` means.
  * At least 1 and at least what is hard-protected; n_slots or more means nothing to do. */
 uint32_t kvs_policy_target(const kvs_policy *p, const kvs_policy_view *view, uint32_t n_full);
+/* The same once the set's scores are known. */
+uint32_t kvs_policy_target_scored(const kvs_policy *p, const kvs_policy_view *view, const float *scores,
+                                  uint32_t n_full);
 
 /* The registry: the only list of policies. */
 const kvs_policy_ops *kvs_policy_find(const char *name);
@@ -158,7 +165,16 @@ void kvs_pool_average(const float *in, uint32_t n, uint32_t kernel, float *out);
 void kvs_pool_max(const float *in, uint32_t n, uint32_t kernel, float *out);
 /* out[i] = mean over the group and the window's rows of the probability slot i gets; 0 with an empty window. */
 void kvs_window_mean(const kvs_policy_view *view, float *out);
+/* The same with the maximum over the group instead of the mean. */
+void kvs_window_max(const kvs_policy_view *view, float *out);
 /* Slots newer than the oldest row of the window, which scorers by window keep: their number. */
 uint32_t kvs_window_slots(const kvs_policy_view *view);
+/* a b over n, in eight partial sums (i mod 8) folded 4+4, 2+2, 1+1. */
+float kvs_dot(const float *a, const float *b, uint32_t n);
+/* R-KV's redundancy (arXiv:2505.24133): out [n_slots] sums to 1, larger for a key that many others are like. Softmax of each key's mean cosine to
+ * all others, where every key leaves out the newest one that it is more alike to than threshold: of copies the last counts as no copy.
+ * Needs keys; work: kvs_key_redundancy_work() f32. */
+void kvs_key_redundancy(const kvs_policy_view *view, float threshold, float *out, float *work);
+size_t kvs_key_redundancy_work(uint32_t n_slots, uint32_t head_dim);
 
 #endif

@@ -22,7 +22,26 @@
     X(kvcompose)                                                                                                       \
     X(kvcompose_ragged)                                                                                                \
     X(laq)                                                                                                             \
-    X(laqpp)
+    X(laqpp)                                                                                                           \
+    X(tova)                                                                                                            \
+    X(sage_kv)                                                                                                         \
+    X(scissorhands)                                                                                                    \
+    X(finch)                                                                                                           \
+    X(r_kv)                                                                                                            \
+    X(g_kv)                                                                                                            \
+    X(obcache_v)                                                                                                       \
+    X(obcache_k)                                                                                                       \
+    X(obcache_vk)                                                                                                      \
+    X(caote)                                                                                                           \
+    X(fastcaote)                                                                                                       \
+    X(dbudgetkv)                                                                                                       \
+    X(simlayerkv)                                                                                                      \
+    X(observed_attention)                                                                                              \
+    X(adakv)                                                                                                           \
+    X(pyramidkv)                                                                                                       \
+    X(criticalkv)                                                                                                      \
+    X(critical_adakv)                                                                                                  \
+    X(chunkkv)
 
 #define KVS_PROBES(X)                                                                                                  \
     X(repeat)                                                                                                          \
@@ -30,7 +49,10 @@
     X(lookahead)                                                                                                       \
     X(prompt)
 
-#define KVS_RESCORES(X) X(caote)
+#define KVS_RESCORES(X)                                                                                                \
+    X(caote)                                                                                                           \
+    X(obcache_v)                                                                                                       \
+    X(critical)
 
 #define KVS_BUDGETS(X)                                                                                                 \
     X(pyramid)                                                                                                         \
@@ -38,7 +60,10 @@
     X(global)                                                                                                          \
     X(composite)
 
-#define KVS_SELECTS(X) X(chunk)
+#define KVS_SELECTS(X)                                                                                                 \
+    X(chunk)                                                                                                           \
+    X(block)                                                                                                           \
+    X(sentence)
 
 #define KVS_POLICY_DECLARE(name) extern const kvs_policy_ops kvs_policy_##name;
 KVS_POLICIES(KVS_POLICY_DECLARE)

@@ -31,3 +31,18 @@ const kvs_select_ops kvs_select_chunk = {
     .units = units,
     .reuse_of = reuse_of,
 };
+
+/* Blocks of a fixed size on the conversation's own positions, as paged caches evict them. */
+static const kvs_param_info block_params[] = {
+    {"size", "tokens of a block", 16, 1, 65536},
+};
+
+const kvs_select_ops kvs_select_block = {
+    .info = {.name = "block",
+             .doc = "aligned blocks stay or go together",
+             .source = "Kvasir",
+             .exactness = "exact",
+             .params = block_params,
+             .n_params = 1},
+    .units = units,
+};

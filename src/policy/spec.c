@@ -504,7 +504,7 @@ static kvs_status check_stages(const kvs_policy *p, kvs_error *err)
             err, KVS_EINVAL,
             "+probe=%s adds rows to the window of attention, which %s does not look at; snapkv and laq do",
             p->probe->info.name, name);
-    if (p->budget != NULL && p->ops->target != NULL)
+    if (p->budget != NULL && (p->ops->target != NULL || p->ops->target_by_score != NULL))
         return kvs_error_set(err, KVS_EINVAL,
                              "%s says itself how many slots each head keeps: it takes no +budget=%s, only "
                              "+budget=uniform",
@@ -609,10 +609,17 @@ size_t kvs_policy_work(const kvs_policy *p, uint32_t n_slots, uint32_t head_dim)
 
 bool kvs_policy_is_ragged(const kvs_policy *p)
 {
-    return p->budget != NULL || (p->ops->target != NULL && kvs_policy_scope_of(p) != KVS_SCOPE_SHARED);
+    const bool own = p->ops->target != NULL || p->ops->target_by_score != NULL;
+    return p->budget != NULL || (own && kvs_policy_scope_of(p) != KVS_SCOPE_SHARED);
 }
 
 uint32_t kvs_policy_target(const kvs_policy *p, const kvs_policy_view *view, uint32_t n_full)
+{
+    return kvs_policy_target_scored(p, view, NULL, n_full);
+}
+
+uint32_t kvs_policy_target_scored(const kvs_policy *p, const kvs_policy_view *view, const float *scores,
+                                  uint32_t n_full)
 {
     const uint32_t n = view->n_slots;
     uint32_t want = n_full;
@@ -622,6 +629,8 @@ uint32_t kvs_policy_target(const kvs_policy *p, const kvs_policy_view *view, uin
         want = (uint32_t)(n * p->keep_ratio);
     if (p->ops->target != NULL)
         want = p->ops->target(p->params, view, want);
+    if (p->ops->target_by_score != NULL && scores != NULL)
+        want = p->ops->target_by_score(p->params, view, scores, want);
     /* What is protected outranks an aim: a share of few slots, or a budget less a chunk, may be below it. */
     return kvs_max_u32(kvs_max_u32(want, 1), kvs_protected_count(&p->protect, view));
 }

@@ -44,7 +44,7 @@ static void carve_thread(carver *c, const kvs_session *s, kvs_view_scratch *t)
         t->keys = carve(c, n * dh, sizeof(float));
     if (needs & KVS_POLICY_NEEDS_KEYS_RAW)
         t->keys_raw = carve(c, n * dh, sizeof(float));
-    if (needs & KVS_POLICY_NEEDS_VALUES)
+    if (needs & (KVS_POLICY_NEEDS_VALUES | KVS_POLICY_NEEDS_OUT_NORM))
         t->values = carve(c, n * dh, sizeof(float));
     const size_t pages = kvs_cache_pages_bound(s->cache);
     if (needs & (KVS_POLICY_NEEDS_WINDOW | KVS_POLICY_NEEDS_PROBE)) {
@@ -61,6 +61,10 @@ static void carve_thread(carver *c, const kvs_session *s, kvs_view_scratch *t)
             t->logit = carve(c, rows * n, sizeof(float));
         t->query = carve(c, rows * dh, sizeof(float));
         t->window_pos = carve(c, e->window, sizeof *t->window_pos);
+    }
+    if (needs & KVS_POLICY_NEEDS_OUT_NORM) {
+        t->out_norm = carve(c, group * n, sizeof(float));
+        t->out_rows = carve(c, kvs_view_out_rows(s->model), sizeof(float));
     }
     t->work = carve(c, kvs_policy_work(&s->policy, e->n_slots, info->head_dim), sizeof(float));
     if (s->policy.ops->score_layer != NULL) {
@@ -187,10 +191,10 @@ uint32_t kvs_keep_default(const kvs_session *s)
 
 /* How many slots of this head the even share keeps. An override that the budget asks for cannot go below what is
  * protected; where nothing else is left, kvs_select says so. */
-static uint32_t even_share(const eviction *x, const kvs_policy_view *v)
+static uint32_t even_share(const eviction *x, const kvs_policy_view *v, const float *scores)
 {
     if (x->keep_override == 0)
-        return kvs_policy_target(&x->s->policy, v, kvs_keep_default(x->s));
+        return kvs_policy_target_scored(&x->s->policy, v, scores, kvs_keep_default(x->s));
     const uint32_t least =
         kvs_min_u32(kvs_protected_count(&x->s->policy.protect, v), v->n_slots > 0 ? v->n_slots - 1 : 0);
     return kvs_max_u32(x->keep_override, least);
@@ -198,16 +202,22 @@ static uint32_t even_share(const eviction *x, const kvs_policy_view *v)
 
 /* ---- scoring ---- */
 
+static bool rescores_late(const eviction *x)
+{
+    const kvs_policy *p = &x->s->policy;
+    return p->rescore != NULL && p->rescore->after_budget && p->budget != NULL && x->step == 1;
+}
+
 static void score_task(void *ctx, uint32_t head, uint32_t thread)
 {
     const eviction *x = ctx;
     const kvs_policy *p = &x->s->policy;
     kvs_view_scratch *t = &x->s->scratch.threads[thread];
     kvs_policy_view v = kvs_view_head(x->s, head / x->n_kv_heads, head % x->n_kv_heads, t);
-    v.n_keep = even_share(x, &v);
+    v.n_keep = even_share(x, &v, NULL);
     float *const scores = scores_of(x, head);
     p->ops->score(p->params, &v, scores);
-    if (p->rescore != NULL)
+    if (p->rescore != NULL && !rescores_late(x))
         p->rescore->rescore(p->rescore_params, &v, scores);
     if (v.carry != NULL) /* the cache gets it once the eviction is sure */
         memcpy(x->s->scratch.carry + (size_t)head * x->s->scratch.n_slots, v.carry, v.n_slots * sizeof *v.carry);
@@ -273,7 +283,8 @@ static void count_task(void *ctx, uint32_t set, uint32_t thread)
     const uint32_t head = set * x->step;
     kvs_evict_scratch *e = &x->s->scratch;
     const kvs_policy_view v = kvs_view_facts(x->s, head / x->n_kv_heads, head % x->n_kv_heads, &e->threads[thread]);
-    const uint32_t n_hard = kvs_protected_count(&x->s->policy.protect, &v), n_even = even_share(x, &v);
+    const uint32_t n_hard = kvs_protected_count(&x->s->policy.protect, &v),
+                   n_even = even_share(x, &v, scores_of(x, head));
     if (x->s->policy.budget != NULL)
         kvs_protected_mark(&x->s->policy.protect, &v, scores_of(x, head));
     for (uint32_t h = head; h < head + x->step; h++) {
@@ -303,6 +314,18 @@ static void share_out(const eviction *x)
     p->budget->allocate(p->budget_params, &view, e->n_keep);
     for (uint32_t h = 0; h < x->n_heads; h++) /* what is protected outranks any share */
         e->n_keep[h] = kvs_min_u32(kvs_max_u32(e->n_keep[h], kvs_max_u32(e->n_hard[h], 1)), e->n_live[h]);
+}
+
+/* ---- rescoring what the budget has shared out ---- */
+
+static void rescore_task(void *ctx, uint32_t head, uint32_t thread)
+{
+    const eviction *x = ctx;
+    const kvs_policy *p = &x->s->policy;
+    kvs_policy_view v =
+        kvs_view_contents(x->s, head / x->n_kv_heads, head % x->n_kv_heads, &x->s->scratch.threads[thread]);
+    v.n_keep = x->s->scratch.n_keep[head];
+    p->rescore->rescore(p->rescore_params, &v, scores_of(x, head));
 }
 
 /* ---- selecting ---- */
@@ -431,6 +454,8 @@ static kvs_status choose(eviction *x)
     score_all(x);
     const uint64_t t1 = kvs_now_ns();
     share_out(x);
+    if (rescores_late(x))
+        kvs_pool_run(x->s->model->pool, rescore_task, x, x->n_heads);
     KVS_TRY(select_all(x));
     x->score_ns = t1 - t0;
     x->select_ns = kvs_now_ns() - t1;

@@ -125,10 +125,43 @@ static kvs_status create_queries(kvs_session *s, kvs_error *err)
                                 (kvs_policy_needs(&s->policy) & KVS_POLICY_NEEDS_QUERY_STATS) != 0, err);
 }
 
+/* Text that ends a sentence: a mark that closes one, whatever quotes and blanks follow it, or a line's end. */
+static bool ends_sentence(const char *text, size_t n)
+{
+    static const char *const wide[] = {"\xe3\x80\x82", "\xef\xbc\x81", "\xef\xbc\x9f"}; /* U+3002, U+FF01, U+FF1F */
+    if (memchr(text, '\n', n) != NULL)
+        return true;
+    while (n > 0 && strchr(" \t\r\"')]}", text[n - 1]) != NULL)
+        n--;
+    for (size_t i = 0; n >= 3 && i < sizeof wide / sizeof *wide; i++)
+        if (memcmp(text + n - 3, wide[i], 3) == 0)
+            return true;
+    return n > 0 && strchr(".!?", text[n - 1]) != NULL;
+}
+
+static kvs_status create_sentence_ends(kvs_session *s, kvs_error *err)
+{
+    const uint32_t n = s->model->info.vocab_size;
+    if (s->policy.select == NULL || !s->policy.select->sentences)
+        return KVS_OK;
+    s->sentence_ends = kvs_alloc(s->allocator, n / 64 + 1, sizeof *s->sentence_ends);
+    if (s->sentence_ends == NULL)
+        return kvs_error_set(err, KVS_ENOMEM, "no memory to remember which of %u tokens end a sentence", n);
+    for (uint32_t t = 0; t < n; t++) {
+        char text[64]; /* of a longer one only what fits is looked at: those are runs of blanks and rules */
+        size_t size = kvs_token_text(s->model, (int32_t)t, false, text, sizeof text);
+        size = size < sizeof text ? size : sizeof text;
+        if (ends_sentence(text, size))
+            s->sentence_ends[t / 64] |= UINT64_C(1) << t % 64;
+    }
+    return KVS_OK;
+}
+
 static kvs_status finish_create(kvs_session *s, kvs_error *err)
 {
     kvs_forward *f;
     KVS_TRY(create_queries(s, err));
+    KVS_TRY(create_sentence_ends(s, err));
     KVS_TRY(kvs_session_forward(s, &f, err));
     KVS_TRY(kvs_evict_scratch_create(s, err));
     KVS_TRY(kvs_probe_create(s, err));
@@ -170,6 +203,7 @@ void kvs_session_free(kvs_session **session)
     kvs_evict_scratch_free(s);
     kvs_probe_free(s);
     kvs_query_log_free(&s->queries, s->allocator);
+    kvs_free(s->allocator, s->sentence_ends);
     kvs_free(s->allocator, s);
 }
 

@@ -23,6 +23,8 @@ typedef struct kvs_view_scratch {
     float *physical, *most;          /* [KVS_ATTN_ROWS_MAX * group][physical slots]; [KVS_ATTN_ROWS_MAX * group] */
     kvs_policy_view *layer_views;    /* [n_kv_heads] */
     float **layer_scores;
+    float *out_norm; /* [group][n_slots] */
+    float *out_rows; /* [kvs_view_out_rows()] */
     float *work;
     uint32_t *list;   /* [physical slots] */
     uint64_t *select; /* [2 n_slots + 2] */
@@ -72,6 +74,7 @@ struct kvs_session {
     int32_t probe_token;    /* what a lookahead begins with */
     const int32_t *pending; /* prompt tokens still to come in the call that is under way, or NULL */
     uint32_t n_pending;
+    uint64_t *sentence_ends; /* [ceil(vocab / 64)] a bit a token, or NULL: only where selection asks */
     void (*on_event)(void *ctx, const kvs_event *event);
     void *event_ctx;
 };
@@ -113,7 +116,11 @@ void kvs_attend(void *ctx, kvs_forward *f, uint32_t layer, uint32_t n_rows);
 
 /* view.c: what a policy sees of one head, in t's arrays. */
 kvs_policy_view kvs_view_head(const kvs_session *s, uint32_t layer, uint32_t head, kvs_view_scratch *t);
-/* Without keys, values, window and query moments. */
+/* Without window and query moments. */
+kvs_policy_view kvs_view_contents(const kvs_session *s, uint32_t layer, uint32_t head, kvs_view_scratch *t);
+/* f32 that the rows of an output projection's part, one KV head's, take. */
+size_t kvs_view_out_rows(const kvs_model *m);
+/* Without keys and values too. */
 kvs_policy_view kvs_view_facts(const kvs_session *s, uint32_t layer, uint32_t head, kvs_view_scratch *t);
 
 /* step.c: appends n tokens at positions pos and runs them, without schedule and logits. EBUDGET: no room, unchanged. */

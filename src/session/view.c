@@ -41,6 +41,42 @@ static void read_keys_and_values(const kvs_session *s, kvs_policy_view *v, kvs_v
     v->values = t->values;
 }
 
+/* ---- what values become behind the output projection ---- */
+
+_Static_assert(KVS_NORM_DIM_MAX >= KVS_HEAD_DIM_MAX, "the norm takes every head size");
+
+size_t kvs_view_out_rows(const kvs_model *m)
+{
+    const kvs_model_info *i = &m->info;
+    const size_t n_rows = kvs_round_up(i->n_embd, KVS_NORM_ROWS);
+    return i->n_heads / i->n_kv_heads * n_rows * i->head_dim + (size_t)i->n_heads * i->head_dim;
+}
+
+/* The columns of the output projection that read this head's group, widened: [group][rows][head_dim], the rows behind the last zero. */
+static void read_out_norm(const kvs_session *s, kvs_policy_view *v, kvs_view_scratch *t)
+{
+    const kvs_model *m = s->model;
+    const kvs_weight *const w = &m->layers[v->layer].attn_out;
+    const uint32_t dh = v->head_dim, group = v->group;
+    const uint32_t n_rows = (uint32_t)kvs_round_up(w->n_out, KVS_NORM_ROWS);
+    float *const row = t->out_rows + (size_t)group * n_rows * dh;
+    for (uint32_t r = 0; r < n_rows; r++) {
+        if (r < w->n_out)
+            kvs_weight_row(w, r, row);
+        for (uint32_t g = 0; g < group; g++) {
+            float *const at = t->out_rows + ((size_t)g * n_rows + r) * dh;
+            if (r < w->n_out)
+                memcpy(at, row + ((size_t)v->kv_head * group + g) * dh, dh * sizeof *at);
+            else
+                memset(at, 0, dh * sizeof *at);
+        }
+    }
+    for (uint32_t g = 0; g < group; g++)
+        m->kernels->product_norm(t->out_rows + (size_t)g * n_rows * dh, n_rows, dh, t->values, v->n_slots,
+                                 t->out_norm + (size_t)g * v->n_slots);
+    v->out_norm = t->out_norm;
+}
+
 /* ---- the window ---- */
 
 /* Where a logged row's token stands now: as far before the next one as it was said before it. */
@@ -147,16 +183,26 @@ kvs_policy_view kvs_view_facts(const kvs_session *s, uint32_t layer, uint32_t he
         .rope_theta = s->model->theta,
         .n_freq = s->model->n_freq,
         .rope_next = kvs_cache_next_rope(s->cache, layer, head),
+        .n_tokens_last = (int64_t)s->n_tokens_evicted_at,
+        .sentence_ends = s->sentence_ends,
         .work = t->work,
         .seed = s->options.seed,
         .event = s->n_evictions,
     };
 }
 
-kvs_policy_view kvs_view_head(const kvs_session *s, uint32_t layer, uint32_t head, kvs_view_scratch *t)
+kvs_policy_view kvs_view_contents(const kvs_session *s, uint32_t layer, uint32_t head, kvs_view_scratch *t)
 {
     kvs_policy_view v = kvs_view_facts(s, layer, head, t);
     read_keys_and_values(s, &v, t);
+    if (t->out_norm != NULL)
+        read_out_norm(s, &v, t);
+    return v;
+}
+
+kvs_policy_view kvs_view_head(const kvs_session *s, uint32_t layer, uint32_t head, kvs_view_scratch *t)
+{
+    kvs_policy_view v = kvs_view_contents(s, layer, head, t);
     if (t->prob != NULL)
         read_window(s, &v, t);
     if (s->probe.most != NULL)

@@ -1,0 +1,3 @@
+/* The norm of products on 16-lane vectors. */
+#include "kernels/simd_avx512.h"
+#include "kernels/norm_body.h"
