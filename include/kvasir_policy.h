@@ -71,12 +71,12 @@ typedef struct kvs_policy_view {
     const double *query_square; /* [group][head_dim][head_dim], lower triangle */
     const double *rope_theta;   /* [n_freq] radians a position; dims 2i, 2i + 1 turn together */
     uint32_t n_freq;
-    int32_t rope_next;     /* where the next token will stand */
-    const float *out_norm; /* [group][n_slots] */
+    int32_t rope_next;             /* where the next token will stand */
+    const float *out_norm;         /* [group][n_slots] */
     const uint64_t *sentence_ends; /* bit t % 64 of element t / 64: token t ends a sentence; NULL unless asked */
-    const float *probe;    /* [group][n_slots]: the largest probability that any probe row's query head gave the slot */
-    float *work;           /* [work_of()] f32, this call's own; contents undefined */
-    uint64_t seed, event;  /* for random policies: this session's seed, how many evictions came before */
+    const float *probe;   /* [group][n_slots]: the largest probability that any probe row's query head gave the slot */
+    float *work;          /* [work_of()] f32, this call's own; contents undefined */
+    uint64_t seed, event; /* for random policies: this session's seed, how many evictions came before */
 } kvs_policy_view;
 
 typedef struct kvs_policy_ops {

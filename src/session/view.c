@@ -43,7 +43,7 @@ static void read_keys_and_values(const kvs_session *s, kvs_policy_view *v, kvs_v
 
 /* ---- what values become behind the output projection ---- */
 
-_Static_assert(KVS_NORM_DIM_MAX >= KVS_HEAD_DIM_MAX, "the norm takes every head size");
+_Static_assert((int)KVS_NORM_DIM_MAX >= (int)KVS_HEAD_DIM_MAX, "the norm takes every head size");
 
 size_t kvs_view_out_rows(const kvs_model *m)
 {
