@@ -50,7 +50,8 @@ extern "C" {
     X(EFORMAT, -5, "a file or text is not what it should be")                                                          \
     X(EUNSUPPORTED, -6, "valid, but not something this build can do")                                                  \
     X(ECANCELLED, -7, "the caller's callback asked to stop")                                                           \
-    X(EBACKEND, -8, "a library Kvasir stands on failed")
+    X(EBACKEND, -8, "a library Kvasir stands on failed")                                                               \
+    X(EPOLICY, -9, "a policy broke the contract of kvasir_policy.h")
 
 typedef enum kvs_status {
 #define KVS_STATUS_ENUM(name, value, text) KVS_##name = value,
@@ -196,7 +197,7 @@ typedef struct kvs_run {
  * Memory: no session passes its budget at any moment; its policy evicts between chunks.
  * Errors: per run in run->status, and the first of them returned: EINVAL token out of vocabulary (state unchanged);
  * EBUDGET the policy cannot make room (the tokens before the refusal stay; kvs_session_n_tokens tells how many);
- * ECANCELLED likewise. */
+ * ECANCELLED and EPOLICY likewise. */
 KVS_API kvs_status kvs_step(kvs_run *runs, uint32_t n_runs, kvs_error *err);
 
 /* kvs_step for one session: logits [vocab_size] f32 after the last token, may be NULL. */
@@ -348,6 +349,14 @@ typedef struct kvs_policy_info {
 } kvs_policy_info;
 KVS_API uint32_t kvs_policy_count(void);
 KVS_API bool kvs_policy_get_info(uint32_t index, kvs_policy_info *info);
+/* Adds the presets of a shared object (kvasir_policy.h, docs/write-a-policy.md) to the registry of this process, all of
+ * them or, on any error, none. They stay until the process ends; a file that is loaded already is left as it is. May be
+ * called from any thread at any time. Runs the file's code: load only what you trust.
+ *   path  borrowed; without a slash it is a file of the current folder, never one of the library search path
+ * Errors: EINVAL path is NULL or empty; EIO it cannot be loaded (the loader's own words); EUNSUPPORTED it was built for
+ * another KVS_POLICY_ABI (the message has both numbers); EFORMAT it exports no kvs_policy_plugin, or a preset has a
+ * taken name, a wrong parameter or a missing function (the message names preset and member). */
+KVS_API kvs_status kvs_policy_load_plugin(const char *path, kvs_error *err);
 /* Checks a spec without a session. EINVAL as kvs_session_create. */
 KVS_API kvs_status kvs_policy_check(const char *spec, kvs_error *err);
 

@@ -16,6 +16,7 @@ extern "C" {
 
 #define KVS_POLICY_ABI 2
 
+/* One of them is the keep share, so a preset has at most 15 of its own. */
 enum { KVS_POLICY_PARAMS_MAX = 16 };
 
 /* What a view must carry: costly inputs are recorded or read only when a policy needs them. */
@@ -33,6 +34,7 @@ enum {
     KVS_POLICY_NEEDS_QUERY_STATS = 1u << 10, /* mean and second moment of all queries so far, before rotation */
     KVS_POLICY_NEEDS_PROBE = 1u << 12,       /* what the rows of the probe stage attended to */
     KVS_POLICY_NEEDS_OUT_NORM = 1u << 11,    /* |W_o v|_1 of each slot and query head */
+    KVS_POLICY_NEEDS_END = 1u << 13,
 };
 
 /* Who shares one keep set. */
@@ -102,7 +104,8 @@ typedef struct kvs_policy_ops {
     /* Once all heads of a layer are scored, with views [n_kv_heads] (without keys, values, window) and their scores:
      * for scores that compare or mix heads. NULL: none. */
     void (*score_layer)(const double *params, const kvs_policy_view *views, float *const *scores);
-    /* How many to keep of view->n_slots; n_default is what `keep` says. NULL: n_default. */
+    /* How many to keep of view->n_slots, at most all of them; n_default is what `keep` says. What is protected outranks
+     * it, and so does a full budget. NULL: n_default. */
     uint32_t (*target)(const double *params, const kvs_policy_view *view, uint32_t n_default);
     /* The same once scores are known, those of the set (averaged over its heads); the view has facts only. NULL: none. */
     uint32_t (*target_by_score)(const double *params, const kvs_policy_view *view, const float *scores,
@@ -115,9 +118,24 @@ typedef struct kvs_policy_ops {
     uint32_t (*window_of)(const double *params);
     /* f32 elements of view->work for a head of n_slots; NULL: 0. */
     size_t (*work_of)(const double *params, uint32_t n_slots, uint32_t head_dim);
+    /* Takes over selection: writes the slots that stay into slots [n_slots], ascending, and returns how many, 1 to
+     * n_keep. Called once a keep set, where n_keep < n_slots, with the scores it shares; those of protected slots are
+     * +inf, and all of these must stay. The view has no keys, values, window or query moments: what they tell belongs
+     * into score. A list that breaks any of this ends the call that asked for it with EPOLICY and changes nothing.
+     * NULL: the stage select chooses, the best n_keep by score. */
+    uint32_t (*choose)(const double *params, const kvs_policy_view *view, const float *scores, uint32_t n_keep,
+                       uint32_t *slots);
 } kvs_policy_ops;
 
 enum { KVS_POLICY_WINDOW_MAX = 256 };
+
+/* What a shared object of policies exports (kvs_policy_load_plugin): its presets by index, NULL past the end. It needs
+ * this header and nothing to link with. The presets, and all they point to, must not change while the process runs. */
+#if defined(__GNUC__)
+__attribute__((visibility("default")))
+#endif
+const kvs_policy_ops *
+kvs_policy_plugin(uint32_t index);
 
 #ifdef __cplusplus
 }

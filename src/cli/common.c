@@ -120,8 +120,8 @@ int kvs_cli_check_common(const kvs_cli_args *args)
         if (code != 0)
             return code;
     }
-    if (args->policy_plugin != NULL)
-        return kvs_cli_failure("--policy-plugin %s: this build has no plug-ins", args->policy_plugin);
+    if (args->policy_plugin != NULL && kvs_policy_load_plugin(args->policy_plugin, &err) != KVS_OK)
+        return kvs_cli_failure("--policy-plugin: %s", err.message);
     if (args->template_name != NULL && strcmp(args->template_name, "auto") != 0)
         return kvs_cli_failure("--template %s: this build uses the template in the model file; only auto is possible",
                                args->template_name);

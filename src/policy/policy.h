@@ -120,15 +120,24 @@ size_t kvs_policy_work(const kvs_policy *p, uint32_t n_slots, uint32_t head_dim)
 /* Whether heads may come to hold different numbers of slots. */
 bool kvs_policy_is_ragged(const kvs_policy *p);
 /* Slots to keep of n_slots (a share rounds down, as the paper's script does); n_full is what an absent `keep` means.
- * At least 1 and at least what is hard-protected; n_slots or more means nothing to do. */
+ * At least 1 and at least what is hard-protected; n_slots or more means nothing to do, but from the preset's own
+ * target(), more than n_slots breaks its contract. */
 uint32_t kvs_policy_target(const kvs_policy *p, const kvs_policy_view *view, uint32_t n_full);
 /* The same once the set's scores are known. */
 uint32_t kvs_policy_target_scored(const kvs_policy *p, const kvs_policy_view *view, const float *scores,
                                   uint32_t n_full);
 
-/* The registry: the only list of policies. */
+/* As kvs_policy_parse, of a preset that need not be in the registry; tail: what follows its name in a spec. */
+kvs_status kvs_policy_parse_tail(const kvs_policy_ops *ops, const char *tail, const char *position, bool paper_compat,
+                                 kvs_policy *out, kvs_error *err);
+
+/* The registry: the only list of policies, those of plug-ins behind the built-in ones. Safe from any thread; what it
+ * gives stays valid. */
 const kvs_policy_ops *kvs_policy_find(const char *name);
 const kvs_policy_ops *kvs_policy_at(uint32_t index); /* NULL past the end */
+/* Those of plug-ins alone; NULL past the end. Presets are only ever added. */
+const kvs_policy_ops *kvs_plugin_at(uint32_t index);
+uint32_t kvs_plugin_count(void);
 /* The choices of the other stages; NULL past the end. */
 const kvs_probe_ops *kvs_probe_at(uint32_t index);
 const kvs_rescore_ops *kvs_rescore_at(uint32_t index);
@@ -148,6 +157,14 @@ kvs_status kvs_select(const kvs_protect *protect, const kvs_policy_view *view, c
  * as long as they fit; what is hard-protected stays by itself. At most n_keep stay. scratch: [3 n] u64. */
 kvs_status kvs_select_by_units(const kvs_protect *protect, const kvs_policy_view *view, const float *scores,
                                const uint32_t *unit, uint32_t n_keep, uint8_t *keep, uint64_t *scratch, kvs_error *err);
+/* The preset's own choose() in their place, its list checked: EPOLICY names the preset, the head and the value that is
+ * wrong. Scores of hard-protected slots become +inf. slots: [n + KVS_GUARD_WORDS] u32. EBUDGET as kvs_select. */
+kvs_status kvs_select_by_policy(const kvs_policy *p, const kvs_policy_view *view, float *scores, uint32_t n_keep,
+                                uint8_t *keep, uint32_t *slots, kvs_error *err);
+/* EBUDGET, as kvs_select says it, where more is hard-protected than n_keep. */
+kvs_status kvs_protected_fit(const kvs_protect *protect, const kvs_policy_view *view, uint32_t n_keep, kvs_error *err);
+/* The first hard-protected slot that keep lacks, or n. */
+uint32_t kvs_protected_dropped(const kvs_protect *protect, const kvs_policy_view *view, const uint8_t *keep);
 /* How many of the view's slots are hard-protected. */
 uint32_t kvs_protected_count(const kvs_protect *protect, const kvs_policy_view *view);
 /* Sets the scores of hard-protected slots to +inf. */
@@ -157,6 +174,13 @@ void kvs_protected_mark(const kvs_protect *protect, const kvs_policy_view *view,
 uint32_t kvs_score_key(float score);
 /* The k-th largest of n keys, 1 <= k <= n; *n_ties becomes how many of those equal to it are among the k largest. */
 uint32_t kvs_kth_largest(const uint32_t *keys, uint32_t n, uint32_t k, uint32_t *n_ties);
+
+/* ---- guards ---- */
+
+/* A few words behind an array that a policy writes: the only sign of one that wrote past its end. */
+enum { KVS_GUARD_WORDS = 4 };
+void kvs_guard_set(void *end);
+bool kvs_guard_holds(const void *end);
 
 /* ---- what scorers share ---- */
 

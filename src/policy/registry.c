@@ -112,20 +112,21 @@ const kvs_select_ops *kvs_select_at(uint32_t index)
 
 const kvs_policy_ops *kvs_policy_at(uint32_t index)
 {
-    return index < N_POLICIES ? policies[index] : NULL;
+    return index < N_POLICIES ? policies[index] : kvs_plugin_at(index - N_POLICIES);
 }
 
 const kvs_policy_ops *kvs_policy_find(const char *name)
 {
-    for (uint32_t i = 0; i < N_POLICIES; i++)
-        if (strcmp(policies[i]->name, name) == 0)
-            return policies[i];
+    const kvs_policy_ops *ops;
+    for (uint32_t i = 0; (ops = kvs_policy_at(i)) != NULL; i++)
+        if (strcmp(ops->name, name) == 0)
+            return ops;
     return NULL;
 }
 
 uint32_t kvs_policy_count(void)
 {
-    return N_POLICIES;
+    return N_POLICIES + kvs_plugin_count();
 }
 
 /* With the parameters' defaults. */
@@ -165,15 +166,19 @@ bool kvs_policy_get_info(uint32_t index, kvs_policy_info *info)
     if (ops == NULL)
         return false;
     static const char *const scopes[] = {"shared", "layer", "head"};
-    snprintf(
-        stages, sizeof stages, "schedule=%s%s%s score=%s%s%s budget=%s select=%s(%s) keep=%s dispose=drop position=%s",
-        ops->schedule, ops->probe != NULL ? " probe=" : "", ops->probe != NULL ? ops->probe : "", ops->name,
-        ops->rescore != NULL ? " rescore=" : "", ops->rescore != NULL ? ops->rescore : "",
-        ops->budget != NULL ? ops->budget : "uniform", ops->select != NULL ? ops->select : "token", scopes[ops->scope],
-        ops->never_evicts   ? "all"
-        : ops->keep != NULL ? ops->keep
-                            : "budget-chunk",
-        ops->position);
+    snprintf(stages, sizeof stages,
+             "schedule=%s%s%s score=%s%s%s budget=%s select=%s(%s) keep=%s dispose=drop position=%s", ops->schedule,
+             ops->probe != NULL ? " probe=" : "", ops->probe != NULL ? ops->probe : "", ops->name,
+             ops->rescore != NULL ? " rescore=" : "", ops->rescore != NULL ? ops->rescore : "",
+             ops->budget != NULL ? ops->budget : "uniform",
+             ops->choose != NULL   ? "own"
+             : ops->select != NULL ? ops->select
+                                   : "token",
+             scopes[ops->scope],
+             ops->never_evicts   ? "all"
+             : ops->keep != NULL ? ops->keep
+                                 : "budget-chunk",
+             ops->position);
     *info = (kvs_policy_info){
         .name = ops->name,
         .doc = ops->doc,

@@ -70,6 +70,16 @@ uint32_t kvs_protected_count(const kvs_protect *protect, const kvs_policy_view *
     return count_hard(&h, view);
 }
 
+uint32_t kvs_protected_dropped(const kvs_protect *protect, const kvs_policy_view *view, const uint8_t *keep)
+{
+    const hard h = hard_of(protect, view);
+    uint32_t i = 0;
+    while (i < view->n_slots &&
+           (keep[i] || (i >= h.begin && i < h.end && (view->flags == NULL || (view->flags[i] & h.flags) == 0))))
+        i++;
+    return i;
+}
+
 void kvs_protected_mark(const kvs_protect *protect, const kvs_policy_view *view, float *scores)
 {
     const hard h = hard_of(protect, view);
@@ -165,6 +175,18 @@ static uint32_t classify(const hard *h, const kvs_policy_view *v, uint32_t n_mar
     return n;
 }
 
+kvs_status kvs_protected_fit(const kvs_protect *protect, const kvs_policy_view *view, uint32_t n_keep, kvs_error *err)
+{
+    const uint32_t n_hard = kvs_protected_count(protect, view);
+    if (n_hard <= n_keep)
+        return KVS_OK;
+    return kvs_error_set(err, KVS_EBUDGET,
+                         "%u tokens are protected (sinks %u, recent %u%s%s) but only %u may stay; raise the budget "
+                         "or use +protect=none",
+                         n_hard, protect->sinks, protect->recent, protect->system ? ", system" : "",
+                         protect->pinned ? ", pinned" : "", n_keep);
+}
+
 kvs_status kvs_select(const kvs_protect *protect, const kvs_policy_view *view, const float *scores, uint32_t n_keep,
                       uint8_t *keep, uint64_t *scratch, kvs_error *err)
 {
@@ -173,14 +195,9 @@ kvs_status kvs_select(const kvs_protect *protect, const kvs_policy_view *view, c
         memset(keep, 1, n);
         return KVS_OK;
     }
+    KVS_TRY(kvs_protected_fit(protect, view, n_keep, err));
     const hard h = hard_of(protect, view);
     const uint32_t n_hard = count_hard(&h, view);
-    if (n_hard > n_keep)
-        return kvs_error_set(err, KVS_EBUDGET,
-                             "%u tokens are protected (sinks %u, recent %u%s%s) but only %u may stay; raise the budget "
-                             "or use +protect=none",
-                             n_hard, protect->sinks, protect->recent, protect->system ? ", system" : "",
-                             protect->pinned ? ", pinned" : "", n_keep);
     const uint32_t n_markers = classify(&h, view, protect->template_markers ? n_keep / 8 : 0, keep);
     const uint32_t left = n_keep - n_hard;
     if (n_markers > left) {

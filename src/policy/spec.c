@@ -509,6 +509,9 @@ static kvs_status check_stages(const kvs_policy *p, kvs_error *err)
                              "%s says itself how many slots each head keeps: it takes no +budget=%s, only "
                              "+budget=uniform",
                              name, p->budget->info.name);
+    if (p->select != NULL && p->ops->choose != NULL)
+        return kvs_error_set(err, KVS_EINVAL, "%s chooses its slots itself: it takes no +select=%s", name,
+                             p->select->info.name);
     if (p->budget != NULL && p->budget->scope == KVS_SCOPE_HEAD && p->select != NULL && p->select->reuse_of != NULL &&
         p->select->reuse_of(p->select_params) > 1)
         return kvs_error_set(err, KVS_EINVAL,
@@ -518,20 +521,51 @@ static kvs_status check_stages(const kvs_policy *p, kvs_error *err)
     return KVS_OK;
 }
 
+/* What a preset says of itself under these parameters: a plug-in's may be anything. */
+static kvs_status check_answers(const kvs_policy_ops *ops, const double *params, kvs_error *err)
+{
+    const uint32_t needs = ops->needs | (ops->needs_of == NULL ? 0 : ops->needs_of(params));
+    const int scope = (int)(ops->scope_of == NULL ? ops->scope : ops->scope_of(params));
+    if (needs >= KVS_POLICY_NEEDS_END)
+        return kvs_error_set(err, KVS_EINVAL, "%s: needs 0x%x holds a bit that is none: all are below 0x%x", ops->name,
+                             needs, (unsigned)KVS_POLICY_NEEDS_END);
+    if ((needs & KVS_POLICY_NEEDS_LOGITS) != 0 && (needs & KVS_POLICY_NEEDS_WINDOW) == 0)
+        return kvs_error_set(err, KVS_EINVAL, "%s: needs 0x%x has LOGITS without WINDOW, whose logits they are",
+                             ops->name, needs);
+    if ((needs & KVS_POLICY_NEEDS_WINDOW) != 0 && ops->window_of == NULL)
+        return kvs_error_set(err, KVS_EINVAL, "%s: needs WINDOW, so window_of must say how many rows", ops->name);
+    if (scope < KVS_SCOPE_SHARED || scope > KVS_SCOPE_HEAD)
+        return kvs_error_set(err, KVS_EINVAL, "%s: scope %d is none: 0 shared, 1 layer, 2 head", ops->name, scope);
+    return KVS_OK;
+}
+
+static kvs_status check_length(size_t n, kvs_error *err)
+{
+    return n <= SPEC_BYTES_MAX ? KVS_OK
+                               : kvs_error_set(err, KVS_EINVAL, "policy spec of %zu characters is over the longest, %d",
+                                               n, SPEC_BYTES_MAX);
+}
+
 kvs_status kvs_policy_parse(const char *spec, const char *position, bool paper_compat, kvs_policy *out, kvs_error *err)
 {
-    kvs_policy p = {.protect = {.sinks = 4, .system = true, .template_markers = true, .pinned = true}};
-    if (strlen(spec) > SPEC_BYTES_MAX)
-        return kvs_error_set(err, KVS_EINVAL, "policy spec of %zu characters is over the longest, %d", strlen(spec),
-                             SPEC_BYTES_MAX);
+    KVS_TRY(check_length(strlen(spec), err));
     for (size_t i = 0; spec[i] != '\0'; i++)
         if (iscntrl((unsigned char)spec[i]) && !isspace((unsigned char)spec[i]))
             return kvs_error_set(err, KVS_EINVAL, "policy spec holds control character %d at byte %zu", spec[i], i);
     while (isspace((unsigned char)*spec))
         spec++;
-    word name, value;
+    word name;
+    const kvs_policy_ops *ops;
     spec = preset_name(spec, &name);
-    KVS_TRY(find_preset(name.text, &p.ops, err));
+    KVS_TRY(find_preset(name.text, &ops, err));
+    return kvs_policy_parse_tail(ops, spec, position, paper_compat, out, err);
+}
+
+kvs_status kvs_policy_parse_tail(const kvs_policy_ops *ops, const char *tail, const char *position, bool paper_compat,
+                                 kvs_policy *out, kvs_error *err)
+{
+    KVS_TRY(check_length(strlen(ops->name) + strlen(tail), err)); /* words are as long as the longest spec */
+    kvs_policy p = {.ops = ops, .protect = {.sinks = 4, .system = true, .template_markers = true, .pinned = true}};
     for (uint32_t i = 0; i < p.ops->n_params; i++)
         p.params[i] = p.ops->params[i].value;
     if (p.ops->keep != NULL)
@@ -550,20 +584,22 @@ kvs_status kvs_policy_parse(const char *spec, const char *position, bool paper_c
         p.protect = (kvs_protect){0};
         p.position = KVS_POSITION_ROLLBACK;
     }
-    if (*spec == ':') {
-        spec = next_word(spec + 1, "+" SPACE, &value);
+    if (*tail == ':') {
+        word value;
+        tail = next_word(tail + 1, "+" SPACE, &value);
         const param_target target = {p.ops->name, p.ops->params, p.ops->n_params, p.params, &p};
         KVS_TRY(parse_params(value.text, &target, err));
     }
-    KVS_TRY(parse_stages(spec, &p, err));
+    KVS_TRY(parse_stages(tail, &p, err));
     if (position != NULL)
         KVS_TRY(kvs_position_parse(position, &p.position, &p.gap_cap, err));
+    p.params[p.ops->n_params] = p.keep_ratio;
+    KVS_TRY(check_answers(p.ops, p.params, err));
     KVS_TRY(check_stages(&p, err));
     if (p.position == KVS_POSITION_RECOMPUTE && kvs_policy_scope_of(&p) != KVS_SCOPE_SHARED)
         return kvs_error_set(err, KVS_EINVAL,
                              "position recompute needs one keep set for all heads, %s keeps another set in each %s",
                              p.ops->name, kvs_policy_scope_of(&p) == KVS_SCOPE_LAYER ? "layer" : "head");
-    p.params[p.ops->n_params] = p.keep_ratio;
     write_text(&p);
     *out = p;
     return KVS_OK;
@@ -628,7 +664,7 @@ uint32_t kvs_policy_target_scored(const kvs_policy *p, const kvs_policy_view *vi
     else if (p->keep_ratio != 0)
         want = (uint32_t)(n * p->keep_ratio);
     if (p->ops->target != NULL)
-        want = p->ops->target(p->params, view, want);
+        want = p->ops->target(p->params, view, kvs_min_u32(want, n));
     if (p->ops->target_by_score != NULL && scores != NULL)
         want = p->ops->target_by_score(p->params, view, scores, want);
     /* What is protected outranks an aim: a share of few slots, or a budget less a chunk, may be below it. */

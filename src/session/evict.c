@@ -7,6 +7,8 @@
 #include <math.h>
 #include <string.h>
 
+/* f32 a policy may have to work in, a thread: 4 GiB. More is a slip in its arithmetic, and would wrap ours. */
+#define WORK_MAX (1u << 30)
 /* How fast the record of lost attention mass forgets: half a weight an event. */
 #define MASS_LOST_DECAY 0.5
 
@@ -73,6 +75,8 @@ static void carve_thread(carver *c, const kvs_session *s, kvs_view_scratch *t)
     }
     if (s->policy.select != NULL)
         t->unit = carve(c, n, sizeof *t->unit);
+    if (s->policy.ops->choose != NULL)
+        t->chosen = carve(c, n + KVS_GUARD_WORDS, sizeof *t->chosen);
 }
 
 static size_t carve_all(kvs_session *s, uint8_t *base)
@@ -84,7 +88,7 @@ static size_t carve_all(kvs_session *s, uint8_t *base)
     e->threads = carve(&c, e->n_threads, sizeof *e->threads);
     for (uint32_t i = 0; i < e->n_threads; i++)
         carve_thread(&c, s, base == NULL ? &nowhere : &e->threads[i]);
-    e->scores = carve(&c, (kvs_policy_needs(&s->policy) == 0 ? 1 : heads) * n, sizeof *e->scores);
+    e->scores = carve(&c, (kvs_policy_needs(&s->policy) == 0 ? 1 : heads) * e->stride, sizeof *e->scores);
     e->keep = carve(&c, heads * n, sizeof *e->keep);
     if (kvs_policy_needs(&s->policy) & KVS_POLICY_NEEDS_CARRY)
         e->carry = carve(&c, heads * n, sizeof *e->carry);
@@ -93,7 +97,7 @@ static size_t carve_all(kvs_session *s, uint8_t *base)
     e->n_even = carve(&c, heads, sizeof(uint32_t));
     e->n_keep = carve(&c, heads, sizeof(uint32_t));
     if (s->policy.budget != NULL)
-        e->keys = carve(&c, heads * n, sizeof *e->keys);
+        e->keys = carve(&c, heads * e->stride, sizeof *e->keys);
     e->pos = carve(&c, n, sizeof *e->pos);
     e->rope_pos = carve(&c, n, sizeof *e->rope_pos);
     e->token = carve(&c, n, sizeof *e->token);
@@ -107,7 +111,12 @@ static size_t carve_all(kvs_session *s, uint8_t *base)
 kvs_status kvs_evict_scratch_create(kvs_session *s, kvs_error *err)
 {
     kvs_evict_scratch *e = &s->scratch;
+    const size_t work = kvs_policy_work(&s->policy, kvs_cache_slots_max(s->cache), s->model->info.head_dim);
+    if (work > WORK_MAX)
+        return kvs_error_set(err, KVS_EINVAL, "%s: work_of asks for %zu numbers, at most %u are given",
+                             s->policy.ops->name, work, WORK_MAX);
     e->n_slots = kvs_cache_slots_max(s->cache);
+    e->stride = e->n_slots + KVS_GUARD_WORDS;
     e->n_heads = s->model->info.n_layers * s->model->info.n_kv_heads;
     e->n_threads = kvs_pool_n_threads(s->model->pool);
     e->window = kvs_policy_window(&s->policy);
@@ -165,7 +174,21 @@ typedef struct eviction {
 
 static float *scores_of(const eviction *x, uint32_t head)
 {
-    return x->s->scratch.scores + (x->n_scored == 1 ? 0 : (size_t)head * x->s->scratch.n_slots);
+    return x->s->scratch.scores + (x->n_scored == 1 ? 0 : (size_t)head * x->s->scratch.stride);
+}
+
+/* Of several heads that are refused at once the first is told, whatever the thread count. */
+static void refuse(eviction *x, uint32_t head, const kvs_error *err)
+{
+    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+    pthread_mutex_lock(&lock);
+    if (x->status == KVS_OK || head < x->refused) {
+        x->status = err->status;
+        x->refused = head;
+        if (x->err != NULL)
+            *x->err = *err;
+    }
+    pthread_mutex_unlock(&lock);
 }
 
 /* What an absent `keep` means: the budget less one chunk. */
@@ -216,6 +239,7 @@ static void score_task(void *ctx, uint32_t head, uint32_t thread)
     kvs_policy_view v = kvs_view_head(x->s, head / x->n_kv_heads, head % x->n_kv_heads, t);
     v.n_keep = even_share(x, &v, NULL);
     float *const scores = scores_of(x, head);
+    kvs_guard_set(scores + v.n_slots);
     p->ops->score(p->params, &v, scores);
     if (p->rescore != NULL && !rescores_late(x))
         p->rescore->rescore(p->rescore_params, &v, scores);
@@ -264,27 +288,48 @@ static void score_layer_task(void *ctx, uint32_t layer, uint32_t thread)
     x->s->policy.ops->score_layer(x->s->policy.params, views, scores);
 }
 
-static void score_all(eviction *x)
+static kvs_status check_guards(const eviction *x)
+{
+    for (uint32_t h = 0; h < x->n_scored; h++) {
+        const uint32_t layer = h / x->n_kv_heads, head = h % x->n_kv_heads;
+        const uint32_t n = kvs_cache_n_live(x->s->cache, layer, head);
+        if (!kvs_guard_holds(scores_of(x, h) + n))
+            return kvs_error_set(x->err, KVS_EPOLICY,
+                                 "%s, layer %u, KV head %u: a score was written past the end of the head's %u",
+                                 x->s->policy.ops->name, layer, head, n);
+    }
+    return KVS_OK;
+}
+
+static kvs_status score_all(eviction *x)
 {
     kvs_pool *pool = x->s->model->pool;
     const kvs_policy *p = &x->s->policy;
     kvs_pool_run(pool, score_task, x, x->n_scored);
     if (p->ops->score_layer != NULL && x->n_scored > 1)
         kvs_pool_run(pool, score_layer_task, x, x->n_heads / x->n_kv_heads);
+    KVS_TRY(check_guards(x));
     if (x->step > 1 && x->n_scored > 1)
         kvs_pool_run(pool, average_task, x, x->n_heads / x->step);
+    return KVS_OK;
 }
 
 /* ---- sharing out ---- */
 
 static void count_task(void *ctx, uint32_t set, uint32_t thread)
 {
-    const eviction *x = ctx;
+    eviction *x = ctx;
     const uint32_t head = set * x->step;
     kvs_evict_scratch *e = &x->s->scratch;
     const kvs_policy_view v = kvs_view_facts(x->s, head / x->n_kv_heads, head % x->n_kv_heads, &e->threads[thread]);
     const uint32_t n_hard = kvs_protected_count(&x->s->policy.protect, &v),
                    n_even = even_share(x, &v, scores_of(x, head));
+    if (x->s->policy.ops->target != NULL && x->keep_override == 0 && n_even > v.n_slots) {
+        kvs_error err;
+        kvs_error_set(&err, KVS_EPOLICY, "%s, layer %u, KV head %u: target keeps %u slots where %u are held",
+                      x->s->policy.ops->name, v.layer, v.kv_head, n_even, v.n_slots);
+        refuse(x, head, &err);
+    }
     if (x->s->policy.budget != NULL)
         kvs_protected_mark(&x->s->policy.protect, &v, scores_of(x, head));
     for (uint32_t h = head; h < head + x->step; h++) {
@@ -294,13 +339,13 @@ static void count_task(void *ctx, uint32_t set, uint32_t thread)
     }
 }
 
-static void share_out(const eviction *x)
+static kvs_status share_out(eviction *x)
 {
     const kvs_policy *p = &x->s->policy;
     kvs_evict_scratch *e = &x->s->scratch;
-    kvs_pool_run(x->s->model->pool, count_task, (void *)(uintptr_t)x, x->n_heads / x->step);
-    if (p->budget == NULL)
-        return;
+    kvs_pool_run(x->s->model->pool, count_task, x, x->n_heads / x->step);
+    if (x->status != KVS_OK || p->budget == NULL)
+        return x->status;
     const kvs_budget_view view = {
         .n_layers = x->n_heads / x->n_kv_heads,
         .n_kv_heads = x->n_kv_heads,
@@ -308,12 +353,13 @@ static void share_out(const eviction *x)
         .n_protected = e->n_hard,
         .n_even = e->n_even,
         .scores = e->scores,
-        .stride = e->n_slots,
+        .stride = e->stride,
         .keys = e->keys,
     };
     p->budget->allocate(p->budget_params, &view, e->n_keep);
     for (uint32_t h = 0; h < x->n_heads; h++) /* what is protected outranks any share */
         e->n_keep[h] = kvs_min_u32(kvs_max_u32(e->n_keep[h], kvs_max_u32(e->n_hard[h], 1)), e->n_live[h]);
+    return KVS_OK;
 }
 
 /* ---- rescoring what the budget has shared out ---- */
@@ -361,27 +407,21 @@ static void select_task(void *ctx, uint32_t set, uint32_t thread)
     const kvs_policy *p = &x->s->policy;
     if (leader_of(x, head) != head)
         return;
-    const kvs_policy_view v = kvs_view_facts(x->s, head / x->n_kv_heads, head % x->n_kv_heads, t);
+    kvs_policy_view v = kvs_view_facts(x->s, head / x->n_kv_heads, head % x->n_kv_heads, t);
+    v.n_keep = e->n_keep[head];
     kvs_error err = {.message = ""};
     kvs_status status;
-    if (p->select == NULL) {
+    if (p->ops->choose != NULL) {
+        status = kvs_select_by_policy(p, &v, scores_of(x, head), v.n_keep, keep_of(x, head), t->chosen, &err);
+    } else if (p->select == NULL) {
         status = kvs_select(&p->protect, &v, scores_of(x, head), e->n_keep[head], keep_of(x, head), t->select, &err);
     } else {
         p->select->units(p->select_params, &v, t->unit);
         status = kvs_select_by_units(&p->protect, &v, scores_of(x, head), t->unit, e->n_keep[head], keep_of(x, head),
                                      t->select, &err);
     }
-    if (status == KVS_OK)
-        return;
-    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-    pthread_mutex_lock(&lock);
-    if (x->status == KVS_OK || head < x->refused) {
-        x->status = status;
-        x->refused = head;
-        if (x->err != NULL)
-            *x->err = err;
-    }
-    pthread_mutex_unlock(&lock);
+    if (status != KVS_OK)
+        refuse(x, head, &err);
 }
 
 /* What is lost of the recorded attention: f64, four chains (one would wait for each sum), head by head. */
@@ -451,9 +491,9 @@ static kvs_status choose(eviction *x)
     x->any = false;
     x->mass_all = x->mass_kept = 0;
     const uint64_t t0 = kvs_now_ns();
-    score_all(x);
+    KVS_TRY(score_all(x));
     const uint64_t t1 = kvs_now_ns();
-    share_out(x);
+    KVS_TRY(share_out(x));
     if (rescores_late(x))
         kvs_pool_run(x->s->model->pool, rescore_task, x, x->n_heads);
     KVS_TRY(select_all(x));

@@ -29,18 +29,20 @@ typedef struct kvs_view_scratch {
     uint32_t *list;   /* [physical slots] */
     uint64_t *select; /* [2 n_slots + 2] */
     uint32_t *unit;   /* [n_slots] */
+    uint32_t *chosen; /* [n_slots + KVS_GUARD_WORDS] */
 } kvs_view_scratch;
 
 /* Arrays an eviction works in, sized at create so that it allocates nothing. */
 typedef struct kvs_evict_scratch {
     uint32_t n_slots; /* of one head */
     uint32_t n_threads, n_heads;
-    uint32_t window;                                    /* rows */
-    kvs_view_scratch *threads;                          /* [n_threads] */
-    float *scores;                                      /* [n_heads][n_slots]; one head's where all see the same */
-    uint8_t *keep;                                      /* [n_heads][n_slots] */
-    uint32_t *n_live, *n_hard, *n_even, *n_keep, *keys; /* [n_heads]; keys [n_heads][n_slots] for the budget stage */
-    float *carry;                                       /* [n_heads][n_slots] */
+    uint32_t window;                                        /* rows */
+    kvs_view_scratch *threads;                              /* [n_threads] */
+    uint32_t stride;                                        /* of scores: n_slots and a guard */
+    float *scores;                                          /* [n_heads][stride]; one head's where all see the same */
+    uint8_t *keep;                                          /* [n_heads][n_slots] */
+    uint32_t *n_live, *n_hard, *n_even, *n_keep, *keys;     /* [n_heads]; keys [n_heads][stride] for the budget stage */
+    float *carry;                                           /* [n_heads][n_slots] */
     int32_t *pos, *rope_pos, *token, *kept_pos, *kept_rope; /* [n_slots], for what one thread does */
     uint8_t *flags;
     void *block; /* all of the above */

@@ -82,7 +82,16 @@ expect missing_model 1 "run scripts/setup or set KVASIR_MODEL" run -p x -m "$tmp
 expect missing_folder 1 "manifest.json\|$tmp/none" report "$tmp/none"
 expect missing_file 1 "none" inspect "$tmp/none"
 expect foreign_file 1 "neither a GGUF model" inspect "$0"
-expect no_plugins 1 "no plug-ins" run -p x --policy-plugin a.so
+expect missing_plugin 1 "none.so" run -p x --policy-plugin "$tmp/none.so"
+expect no_plugin 1 "$0\|header" policies --policy-plugin "$0"
+root=$(cd "$(dirname "$0")/../.." && pwd)
+if "${CC:-cc}" -shared -fPIC "-I$root/include" -o "$tmp/my_policy.so" "$root/docs/examples/my_policy.c" 2>"$tmp/why"; then
+    expect plugin_is_listed 0 "^my_policy" policies my_policy --policy-plugin "$tmp/my_policy.so"
+    expect plugin_parameter 2 "half '0' must be" run -p x --policy my_policy:half=0 --policy-plugin "$tmp/my_policy.so"
+    expect plugin_is_gone_again 2 "unknown policy 'my_policy'" run -p x --policy my_policy
+else
+    not_ok plugin_builds "$(head -n 1 "$tmp/why")"
+fi
 expect compare_missing 1 "manifest.json" compare "$tmp/a" "$tmp/b"
 
 for s in bash zsh fish; do
@@ -136,6 +145,8 @@ for name in "prefill_tok_per_s decode_tok_per_s bytes_per_token share_of_bandwid
 assert xml.etree.ElementTree.parse(sys.argv[1] + "/speed.svg").getroot().tag.endswith("svg")
 PY
     then ok speed_rows_and_plot; else not_ok speed_rows_and_plot "$(tail -n 1 "$tmp/why")"; fi
+    one_object run_with_a_plugin "text n_tokens health" run -p "$(cat "$tmp/text")" -n 4 --temp 0 --budget 64tok --json \
+        --policy my_policy:half=20 --policy-plugin "$tmp/my_policy.so"
     one_object speed_beyond_the_budget "rows policy" speed --depth 300 --gen 2 --repeat 1 --budget 128tok \
         --policy streaming --json
     one_object eval_json "$names" eval --text "$tmp/text" --json --dump-logits "$tmp/l.npy" --dump-keep "$tmp/k.jsonl"
