@@ -84,14 +84,17 @@ static size_t work_of(const double *params, uint32_t n_slots, uint32_t head_dim)
 
 #define COMMON                                                                                                         \
     .abi = KVS_POLICY_ABI, .doc = "", .source = "", .exactness = "", .schedule = "full", .position = "keep",           \
-    .scope = KVS_SCOPE_HEAD, .needs = KVS_POLICY_NEEDS_MASS_SUM, .score = score
+    .scope = KVS_SCOPE_HEAD, .score = score
 
-static const kvs_policy_ops scorer = {COMMON, .name = "fickle_score", .work_of = work_of};
+static const kvs_policy_ops scorer = {COMMON, .name = "fickle_score", .needs = KVS_POLICY_NEEDS_MASS_SUM,
+                                      .work_of = work_of};
 static const kvs_policy_ops chooser = {COMMON, .name = "fickle_choose", .choose = choose};
+static const kvs_policy_ops prober = {COMMON, .name = "fickle_probe", .needs = KVS_POLICY_NEEDS_PROBE,
+                                      .probe = "context:chunk=16", .choose = choose};
 static const kvs_policy_ops targeter = {COMMON, .name = "fickle_target", .target = target};
 
 const kvs_policy_ops *kvs_policy_plugin(uint32_t index)
 {
-    static const kvs_policy_ops *const all[] = {&scorer, &chooser, &targeter};
+    static const kvs_policy_ops *const all[] = {&scorer, &chooser, &targeter, &prober};
     return index < sizeof all / sizeof *all ? all[index] : NULL;
 }
