@@ -479,6 +479,11 @@ static kvs_status parse_stages(const char *spec, kvs_policy *p, kvs_error *err)
     }
 }
 
+static kvs_policy_scope select_scope(const kvs_policy *p)
+{
+    return p->select == NULL || p->select->scope_of == NULL ? KVS_SCOPE_HEAD : p->select->scope_of(p->select_params);
+}
+
 /* Stages that cannot stand together: named both, with the reason. */
 static kvs_status check_stages(const kvs_policy *p, kvs_error *err)
 {
@@ -512,6 +517,11 @@ static kvs_status check_stages(const kvs_policy *p, kvs_error *err)
     if (p->select != NULL && p->ops->choose != NULL)
         return kvs_error_set(err, KVS_EINVAL, "%s chooses its slots itself: it takes no +select=%s", name,
                              p->select->info.name);
+    if (p->budget != NULL && p->budget->scope > select_scope(p))
+        return kvs_error_set(err, KVS_EINVAL,
+                             "+select=%s keeps one set for all heads of a layer, +budget=%s gives each head its own "
+                             "number of slots: use +select=%s:heads=1",
+                             p->select->info.name, p->budget->info.name, p->select->info.name);
     if (p->budget != NULL && p->budget->scope == KVS_SCOPE_HEAD && p->select != NULL && p->select->reuse_of != NULL &&
         p->select->reuse_of(p->select_params) > 1)
         return kvs_error_set(err, KVS_EINVAL,
@@ -613,10 +623,11 @@ uint32_t kvs_policy_needs(const kvs_policy *p)
            (p->rescore == NULL ? 0 : p->rescore->needs);
 }
 
-/* The finer of what the scorer wants and what the budget can share out. */
+/* The finer of what the scorer wants, as far as the selection goes along, and what the budget can share out. */
 kvs_policy_scope kvs_policy_scope_of(const kvs_policy *p)
 {
-    const kvs_policy_scope own = p->ops->scope_of == NULL ? p->ops->scope : p->ops->scope_of(p->params);
+    const kvs_policy_scope wanted = p->ops->scope_of == NULL ? p->ops->scope : p->ops->scope_of(p->params);
+    const kvs_policy_scope own = wanted < select_scope(p) ? wanted : select_scope(p);
     return p->budget != NULL && p->budget->scope > own ? p->budget->scope : own;
 }
 

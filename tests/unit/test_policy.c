@@ -438,7 +438,7 @@ static void canonical_text_parses_to_itself(void **state)
                                         "+schedule=every:1 +position=keep",
                                         "+position=recompute",
                                         "+position=gapcap:1000000000 +keep=4294967295tok",
-                                        "+budget=ada:floor=0.3 +rescore=caote +select=chunk:length=7",
+                                        "+budget=ada:floor=0.3 +rescore=caote +select=chunk:length=7,heads=1",
                                         "+budget=uniform +rescore=none +select=token",
                                         "+protect=recent:1000000000,sinks:1000000000,template,system,pinned"};
     for (uint32_t k = 0; k < kvs_policy_count(); k++)
@@ -460,6 +460,68 @@ static void canonical_text_parses_to_itself(void **state)
             assert_true(p.keep_ratio == q.keep_ratio && p.keep_tokens == q.keep_tokens);
             assert_true(p.position == q.position && p.gap_cap == q.gap_cap);
         }
+}
+
+static void chunks_are_a_layers_unless_each_head_chooses(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *spec;
+        kvs_policy_scope scope;
+    } cases[] = {
+        {"snapkv", KVS_SCOPE_HEAD},
+        {"snapkv +select=chunk", KVS_SCOPE_LAYER},
+        {"snapkv +select=chunk:heads=1", KVS_SCOPE_HEAD},
+        {"snapkv +select=chunk +budget=pyramid", KVS_SCOPE_LAYER},
+        {"snapkv +select=chunk:heads=1 +budget=ada", KVS_SCOPE_HEAD},
+        {"streaming +select=chunk", KVS_SCOPE_SHARED},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const kvs_policy p = parse(cases[i].spec);
+        assert_int_equal(kvs_policy_scope_of(&p), cases[i].scope);
+    }
+    kvs_policy p;
+    kvs_error err = {.message = ""};
+    assert_int_equal(kvs_policy_parse("snapkv +select=chunk +budget=ada", NULL, false, &p, &err), KVS_EINVAL);
+    assert_non_null(strstr(err.message, "heads=1"));
+}
+
+/* kvpress's PyramidKVPress, written down from its own formulas: capacity window + n keep, window within the share. */
+static void a_pyramid_with_the_window_inside_is_kvpresss(void **state)
+{
+    (void)state;
+    enum { LAYERS = 30, HEADS = 3, N = 1200, SPARE = 64 };
+    const kvs_policy p = parse("snapkv +budget=pyramid:inside=1");
+    for (uint32_t even = 1; even <= N; even += 13) {
+        uint32_t n_slots[LAYERS * HEADS], n_protected[LAYERS * HEADS] = {0}, n_even[LAYERS * HEADS];
+        uint32_t n_keep[LAYERS * HEADS];
+        for (uint32_t h = 0; h < LAYERS * HEADS; h++) {
+            n_slots[h] = N;
+            n_even[h] = n_keep[h] = even;
+        }
+        const kvs_budget_view v = {.n_layers = LAYERS,
+                                   .n_kv_heads = HEADS,
+                                   .n_slots = n_slots,
+                                   .n_protected = n_protected,
+                                   .n_even = n_even};
+        p.budget->allocate(p.budget_params, &v, n_keep);
+        double least = even / 20.0, most = 2.0 * even - least;
+        if (most >= N - SPARE) {
+            most = N - SPARE;
+            least = 2.0 * even - most;
+        }
+        if (!(most >= least && least >= SPARE))
+            least = most = even;
+        uint64_t sum = 0;
+        for (uint32_t l = 0; l < LAYERS; l++) {
+            const double want = most - l * (most - least) / (LAYERS - 1);
+            for (uint32_t h = 0; h < HEADS; h++) {
+                assert_true(fabs(n_keep[l * HEADS + h] - want) <= 0.5 + 1e-9);
+                sum += n_keep[l * HEADS + h];
+            }
+        }
+        assert_int_equal(sum, (uint64_t)even * LAYERS * HEADS);
+    }
 }
 
 static void what_is_wrong_is_named_and_the_right_word_suggested(void **state)
@@ -611,6 +673,8 @@ int main(void)
         cmocka_unit_test(a_target_is_never_zero_and_tokens_outrank_shares),
         cmocka_unit_test(specs_of_the_design_are_understood),
         cmocka_unit_test(canonical_text_parses_to_itself),
+        cmocka_unit_test(chunks_are_a_layers_unless_each_head_chooses),
+        cmocka_unit_test(a_pyramid_with_the_window_inside_is_kvpresss),
         cmocka_unit_test(what_is_wrong_is_named_and_the_right_word_suggested),
         cmocka_unit_test(long_words_are_refused_whole),
         cmocka_unit_test(options_outrank_the_spec_and_paper_compat_the_preset),
