@@ -34,7 +34,8 @@ enum {
     KVS_POLICY_NEEDS_QUERY_STATS = 1u << 10, /* mean and second moment of all queries so far, before rotation */
     KVS_POLICY_NEEDS_PROBE = 1u << 12,       /* what the rows of the probe stage attended to */
     KVS_POLICY_NEEDS_OUT_NORM = 1u << 11,    /* |W_o v|_1 of each slot and query head */
-    KVS_POLICY_NEEDS_END = 1u << 13,
+    KVS_POLICY_NEEDS_END = 1u << 13, /* which tokens end a sentence */
+    KVS_POLICY_NEEDS_PAIRS = 1u << 14,       /* the newest rows against their own slots, both ways: window_of again */
 };
 
 /* Who shares one keep set. */
@@ -67,6 +68,10 @@ typedef struct kvs_policy_view {
     uint32_t n_window;
     const int32_t *window_pos; /* [n_window] pos of the rows */
     const float *window_prob, *window_logit, *window_query;
+    /* q k / sqrt(head_dim) of every row of the window with each of the newest n_pair slots, those of the window's own
+     * tokens, whichever is newer: [n_window][group][n_pair]. */
+    const float *window_pair;
+    uint32_t n_pair;
     /* Queries before rotation, of all rows so far but those of the first 4 tokens: sums of x and of x x^T. */
     uint64_t n_queries;
     const double *query_sum;    /* [group][head_dim] */
@@ -77,6 +82,8 @@ typedef struct kvs_policy_view {
     const float *out_norm;         /* [group][n_slots] */
     const uint64_t *sentence_ends; /* bit t % 64 of element t / 64: token t ends a sentence; NULL unless asked */
     const float *probe;   /* [group][n_slots]: the largest probability that any probe row's query head gave the slot */
+    float *part;          /* [n_slots] out: a second score, for score_layer; NULL unless ops->has_part */
+    void (*exp_scale)(float *x, uint32_t n, float less, float scale); /* x[i] = exp(x[i] - less) * scale, fast */
     float *work;          /* [work_of()] f32, this call's own; contents undefined */
     uint64_t seed, event; /* for random policies: this session's seed, how many evictions came before */
 } kvs_policy_view;
@@ -101,8 +108,8 @@ typedef struct kvs_policy_ops {
     /* Higher stays. scores [n_slots] f32; NaN counts as lowest. The same view gives the same scores; only carry is
      * written besides. Heads are scored on several threads at once. */
     void (*score)(const double *params, const kvs_policy_view *view, float *scores);
-    /* Once all heads of a layer are scored, with views [n_kv_heads] (without keys, values, window) and their scores:
-     * for scores that compare or mix heads. NULL: none. */
+    /* Once all heads of a layer are scored, with views [n_kv_heads] (counts, n_keep and part, nothing else of a slot) and
+     * their scores: for scores that compare or mix heads. NULL: none. */
     void (*score_layer)(const double *params, const kvs_policy_view *views, float *const *scores);
     /* How many to keep of view->n_slots, at most all of them; n_default is what `keep` says. What is protected outranks
      * it, and so does a full budget. NULL: n_default. */
@@ -114,7 +121,13 @@ typedef struct kvs_policy_ops {
     uint32_t (*needs_of)(const double *params);
     /* Scope by parameters; NULL: scope. */
     kvs_policy_scope (*scope_of)(const double *params);
-    /* Rows of the window, 1 to KVS_POLICY_WINDOW_MAX; NULL without KVS_POLICY_NEEDS_WINDOW. */
+    /* Looks at a head between evictions and writes carry only, whenever the tokens said reach what observe_at names: the
+     * first such count that is n_tokens or more. Rows are cut there. An eviction at that very count may come first: then
+     * score has to do the same. Both NULL: none; needs KVS_POLICY_NEEDS_CARRY. */
+    void (*observe)(const double *params, const kvs_policy_view *view);
+    uint64_t (*observe_at)(const double *params, uint64_t n_tokens);
+    bool has_part; /* view->part is there */
+    /* Rows of the window, 1 to KVS_POLICY_WINDOW_MAX; NULL without KVS_POLICY_NEEDS_WINDOW and _PAIRS. */
     uint32_t (*window_of)(const double *params);
     /* f32 elements of view->work for a head of n_slots; NULL: 0. */
     size_t (*work_of)(const double *params, uint32_t n_slots, uint32_t head_dim);
@@ -127,7 +140,7 @@ typedef struct kvs_policy_ops {
                        uint32_t *slots);
 } kvs_policy_ops;
 
-enum { KVS_POLICY_WINDOW_MAX = 256 };
+enum { KVS_POLICY_WINDOW_MAX = 512 };
 
 /* What a shared object of policies exports (kvs_policy_load_plugin): its presets by index, NULL past the end. It needs
  * this header and nothing to link with. The presets, and all they point to, must not change while the process runs. */

@@ -50,7 +50,7 @@ typedef struct kvs_cli_args {
     double temp, top_p, min_p, repeat_penalty;
     bool chat;
     /* eval */
-    const char *text, *dialogue, *ref, *dump_logits, *dump_keep;
+    const char *text, *dialogue, *ref, *dump_logits, *dump_keep, *needle;
     uint32_t index, ref_window;
     /* speed */
     kvs_cli_numbers depths;

@@ -2,6 +2,7 @@
 #include "cli/cli.h"
 
 #include "bench/dialogue.h"
+#include "eval/keep_sets.h"
 #include "eval/teacher.h"
 
 #include <errno.h>
@@ -21,6 +22,8 @@ typedef struct dumps {
     FILE *logits;
     const char *keep_path;
     const kvs_model *m;
+    const stream *x;
+    kvs_keep_report kept;
     uint32_t vocab_size;
     kvs_cli_progress progress;
     kvs_error err;
@@ -113,6 +116,41 @@ static kvs_status read_dialogue(const kvs_model *m, const char *path, uint32_t i
     return status;
 }
 
+/* Flags the tokens of every place where the passage stands. */
+static kvs_status mark_needle(const kvs_model *m, const char *needle, stream *x, kvs_error *err)
+{
+    size_t n_bytes = 0, *const ends = calloc((size_t)x->n_tokens + 1, sizeof *ends);
+    for (uint32_t i = 0; ends != NULL && i < x->n_tokens; i++)
+        ends[i] = n_bytes += kvs_token_text(m, x->tokens[i], false, NULL, 0);
+    char *const text = malloc(n_bytes + 1);
+    if (x->flags == NULL)
+        x->flags = calloc(x->n_tokens, 1);
+    kvs_status status = KVS_OK;
+    if (ends == NULL || text == NULL || x->flags == NULL) {
+        status = kvs_error_set(err, KVS_ENOMEM, "no memory to look for --needle in %u tokens", x->n_tokens);
+    } else {
+        const size_t length = strlen(needle);
+        bool found = false;
+        for (uint32_t i = 0; i < x->n_tokens; i++) {
+            const size_t begin = i > 0 ? ends[i - 1] : 0;
+            kvs_token_text(m, x->tokens[i], false, text + begin, n_bytes - begin);
+        }
+        for (size_t at = 0; length > 0 && at + length <= n_bytes; at++) {
+            if (memcmp(text + at, needle, length) != 0)
+                continue;
+            found = true;
+            for (uint32_t i = 0; i < x->n_tokens; i++)
+                if ((i > 0 ? ends[i - 1] : 0) < at + length && ends[i] > at)
+                    x->flags[i] |= KVS_TOKEN_NEEDLE;
+        }
+        if (!found)
+            status = kvs_error_set(err, KVS_EINVAL, "--needle '%.60s' stands nowhere in the text", needle);
+    }
+    free(ends);
+    free(text);
+    return status;
+}
+
 /* ---- dumps ------------------------------------------------------------------------------------------------------ */
 
 /* NumPy format 1.0: magic, version, header length, then a header padded so that the data are 64-byte aligned. */
@@ -147,9 +185,26 @@ static bool print_numbers(FILE *f, const char *name, const int32_t *x, uint32_t 
     return good && fputc(']', f) != EOF;
 }
 
+static bool compare_heads(dumps *d, const kvs_session *s)
+{
+    const stream *const x = d->x;
+    int32_t *const needles = calloc((size_t)x->n_tokens + 1, sizeof *needles);
+    uint32_t n = 0;
+    for (uint32_t i = 0; needles != NULL && x->flags != NULL && i < x->n_tokens; i++)
+        if (x->flags[i] & KVS_TOKEN_NEEDLE)
+            needles[n++] = (int32_t)i;
+    const kvs_status status = needles == NULL
+                                  ? kvs_error_set(&d->err, KVS_ENOMEM, "no memory for %u tokens", x->n_tokens)
+                                  : kvs_keep_report_make(d->m, s, needles, n, &d->kept, &d->err);
+    free(needles);
+    return status == KVS_OK;
+}
+
 static bool on_end(void *ctx, const kvs_session *s)
 {
     dumps *const d = ctx;
+    if (!compare_heads(d, s))
+        return false;
     if (d->keep_path == NULL)
         return true;
     kvs_model_info info;
@@ -248,7 +303,7 @@ static kvs_status evaluate(const kvs_cli_args *args, kvs_model *m, const kvs_mod
 {
     kvs_teacher_options t = {.session = {0}};
     kvs_teacher_result r;
-    dumps d = {.keep_path = args->dump_keep, .m = m, .vocab_size = info->vocab_size};
+    dumps d = {.keep_path = args->dump_keep, .m = m, .x = x, .vocab_size = info->vocab_size};
     choose(args, info, x, &t);
     t.on_end = on_end;
     t.on_progress = on_progress;
@@ -278,7 +333,11 @@ static kvs_status evaluate(const kvs_cli_args *args, kvs_model *m, const kvs_mod
     if (status == KVS_OK) {
         *results = json_object();
         set_results(*results, &r, &t, info);
+        kvs_cli_set_real(*results, "head_consensus", d.kept.head_consensus);
+        kvs_cli_set_real(*results, "ger", d.kept.ger);
+        kvs_cli_set_real(*results, "ger_layer_max", d.kept.ger_layer_max);
     }
+    kvs_keep_report_free(&d.kept);
     return status;
 }
 
@@ -297,6 +356,8 @@ int kvs_cmd_eval(const kvs_cli_args *args)
         status = args->text != NULL ? read_text(m, args->text, &x, &err)
                                     : read_dialogue(m, args->dialogue, args->index, &x, &err);
     }
+    if (status == KVS_OK && args->needle != NULL)
+        status = mark_needle(m, args->needle, &x, &err);
     kvs_cli_catch_interrupts();
     if (status == KVS_OK)
         status = evaluate(args, m, &info, &x, &results, &err);

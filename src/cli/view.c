@@ -165,6 +165,7 @@ void kvs_cli_set_state(json_t *object, const kvs_usage *u, const kvs_positions *
     kvs_cli_set_int(object, "peak_rss_bytes", kvs_cli_peak_rss_bytes());
     kvs_cli_set_int(object, "evictions", u->n_evictions);
     kvs_cli_set_real(object, "evict_ms", (double)u->evict_ns * 1e-6);
+    kvs_cli_set_real(object, "score_ms", (double)u->score_ns * 1e-6);
     kvs_cli_set_real(object, "health", h->score);
     kvs_cli_set_text(object, "health_worst", h->worst);
     kvs_cli_set_real(object, "ldd", p->ldd);

@@ -41,7 +41,16 @@
     X(pyramidkv)                                                                                                       \
     X(criticalkv)                                                                                                      \
     X(critical_adakv)                                                                                                  \
-    X(chunkkv)
+    X(chunkkv)                                                                                                         \
+    X(keydiff)                                                                                                         \
+    X(lagkv)                                                                                                           \
+    X(expected_attention)                                                                                              \
+    X(cap)                                                                                                             \
+    X(cur)                                                                                                             \
+    X(leverage)                                                                                                        \
+    X(non_causal_attention)                                                                                            \
+    X(compactor)                                                                                                       \
+    X(qfilter)
 
 #define KVS_PROBES(X)                                                                                                  \
     X(repeat)                                                                                                          \
@@ -144,6 +153,7 @@ static const char *needs_text(const kvs_policy_ops *ops)
         {KVS_POLICY_NEEDS_MASS_MAX, "attention mass, maximum"},
         {KVS_POLICY_NEEDS_WINDOW, "attention of the newest rows"},
         {KVS_POLICY_NEEDS_PROBE, "attention of probe rows"},
+        {KVS_POLICY_NEEDS_PAIRS, "products of the newest rows' queries and keys"},
         {KVS_POLICY_NEEDS_QUERY_STATS, "mean and covariance of queries"},
         {KVS_POLICY_NEEDS_KEYS | KVS_POLICY_NEEDS_KEYS_RAW, "keys"},
         {KVS_POLICY_NEEDS_VALUES, "values"},

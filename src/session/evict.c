@@ -49,18 +49,21 @@ static void carve_thread(carver *c, const kvs_session *s, kvs_view_scratch *t)
     if (needs & (KVS_POLICY_NEEDS_VALUES | KVS_POLICY_NEEDS_OUT_NORM))
         t->values = carve(c, n * dh, sizeof(float));
     const size_t pages = kvs_cache_pages_bound(s->cache);
-    if (needs & (KVS_POLICY_NEEDS_WINDOW | KVS_POLICY_NEEDS_PROBE)) {
+    if (needs & (KVS_POLICY_NEEDS_WINDOW | KVS_POLICY_NEEDS_PAIRS | KVS_POLICY_NEEDS_PROBE)) {
         t->pages = carve(c, pages, sizeof *t->pages);
         t->most = carve(c, KVS_ATTN_ROWS_MAX * group, sizeof *t->most);
         t->physical = carve(c, KVS_ATTN_ROWS_MAX * group * pages * KVS_PAGE_SLOTS, sizeof(float));
     }
     if (needs & KVS_POLICY_NEEDS_PROBE)
         t->list = carve(c, pages * KVS_PAGE_SLOTS, sizeof *t->list);
-    if (needs & KVS_POLICY_NEEDS_WINDOW) {
+    if (needs & (KVS_POLICY_NEEDS_WINDOW | KVS_POLICY_NEEDS_PAIRS)) {
         const size_t rows = e->window * group;
-        t->prob = carve(c, rows * n, sizeof(float));
+        if (needs & KVS_POLICY_NEEDS_WINDOW)
+            t->prob = carve(c, rows * n, sizeof(float));
         if (needs & KVS_POLICY_NEEDS_LOGITS)
             t->logit = carve(c, rows * n, sizeof(float));
+        if (needs & KVS_POLICY_NEEDS_PAIRS)
+            t->pair = carve(c, rows * e->window, sizeof(float));
         t->query = carve(c, rows * dh, sizeof(float));
         t->window_pos = carve(c, e->window, sizeof *t->window_pos);
     }
@@ -92,6 +95,8 @@ static size_t carve_all(kvs_session *s, uint8_t *base)
     e->keep = carve(&c, heads * n, sizeof *e->keep);
     if (kvs_policy_needs(&s->policy) & KVS_POLICY_NEEDS_CARRY)
         e->carry = carve(&c, heads * n, sizeof *e->carry);
+    if (s->policy.ops->has_part)
+        e->part = carve(&c, heads * n, sizeof *e->part);
     e->n_live = carve(&c, heads, sizeof(uint32_t));
     e->n_hard = carve(&c, heads, sizeof(uint32_t));
     e->n_even = carve(&c, heads, sizeof(uint32_t));
@@ -191,6 +196,12 @@ static void refuse(eviction *x, uint32_t head, const kvs_error *err)
     pthread_mutex_unlock(&lock);
 }
 
+static float *part_of(const eviction *x, uint32_t head)
+{
+    float *const parts = x->s->scratch.part;
+    return parts == NULL ? NULL : parts + (size_t)head * x->s->scratch.n_slots;
+}
+
 /* What an absent `keep` means: the budget less one chunk. */
 uint32_t kvs_keep_default(const kvs_session *s)
 {
@@ -237,7 +248,8 @@ static void score_task(void *ctx, uint32_t head, uint32_t thread)
     const kvs_policy *p = &x->s->policy;
     kvs_view_scratch *t = &x->s->scratch.threads[thread];
     kvs_policy_view v = kvs_view_head(x->s, head / x->n_kv_heads, head % x->n_kv_heads, t);
-    v.n_keep = even_share(x, &v, NULL);
+    v.n_keep = x->s->scratch.n_even[head] = even_share(x, &v, NULL);
+    v.part = part_of(x, head);
     float *const scores = scores_of(x, head);
     kvs_guard_set(scores + v.n_slots);
     p->ops->score(p->params, &v, scores);
@@ -282,7 +294,9 @@ static void score_layer_task(void *ctx, uint32_t layer, uint32_t thread)
                                      .group = info->n_heads / info->n_kv_heads,
                                      .head_dim = info->head_dim,
                                      .n_tokens = (int64_t)x->s->n_tokens,
-                                     .n_slots = kvs_cache_n_live(x->s->cache, layer, h)};
+                                     .n_slots = kvs_cache_n_live(x->s->cache, layer, h),
+                                     .n_keep = x->s->scratch.n_even[layer * x->n_kv_heads + h],
+                                     .part = part_of(x, layer * x->n_kv_heads + h)};
         scores[h] = scores_of(x, layer * x->n_kv_heads + h);
     }
     x->s->policy.ops->score_layer(x->s->policy.params, views, scores);
@@ -312,6 +326,38 @@ static kvs_status score_all(eviction *x)
     if (x->step > 1 && x->n_scored > 1)
         kvs_pool_run(pool, average_task, x, x->n_heads / x->step);
     return KVS_OK;
+}
+
+/* ---- observing ---- */
+
+static void observe_task(void *ctx, uint32_t head, uint32_t thread)
+{
+    kvs_session *s = ctx;
+    const uint32_t n_kv_heads = s->model->info.n_kv_heads;
+    const kvs_policy_view v = kvs_view_head(s, head / n_kv_heads, head % n_kv_heads, &s->scratch.threads[thread]);
+    s->policy.ops->observe(s->policy.params, &v);
+    memcpy(s->scratch.carry + (size_t)head * s->scratch.n_slots, v.carry, v.n_slots * sizeof *v.carry);
+}
+
+uint32_t kvs_observe(kvs_session *s)
+{
+    const kvs_policy_ops *ops = s->policy.ops;
+    if (ops->observe == NULL)
+        return UINT32_MAX;
+    const kvs_evict_scratch *e = &s->scratch;
+    const uint64_t n = s->n_tokens;
+    if (n > s->n_tokens_evicted_at && ops->observe_at(s->policy.params, n) == n) {
+        const uint64_t t0 = kvs_now_ns();
+        kvs_pool_run(s->model->pool, observe_task, s, e->n_heads);
+        for (uint32_t h = 0; h < e->n_heads; h++)
+            kvs_cache_write_side(s->cache, h / s->model->info.n_kv_heads, h % s->model->info.n_kv_heads, KVS_SIDE_CARRY,
+                                 e->carry + (size_t)h * e->n_slots);
+        const uint64_t ns = kvs_now_ns() - t0;
+        s->score_ns += ns;
+        s->evict_ns += ns;
+    }
+    const uint64_t left = ops->observe_at(s->policy.params, n + 1) - n;
+    return left > UINT32_MAX ? UINT32_MAX : (uint32_t)left;
 }
 
 /* ---- sharing out ---- */

@@ -17,6 +17,7 @@ typedef struct kvs_view_scratch {
     float *side[KVS_SIDE_COUNT];
     float *keys, *keys_raw, *values; /* [n_slots][head_dim] */
     float *prob, *logit;             /* [window][group][n_slots] */
+    float *pair;                     /* [window][group][window] */
     float *query;                    /* [window][group][head_dim] */
     int32_t *window_pos;             /* [window] */
     kvs_page_view *pages;            /* [pages_bound] */
@@ -42,7 +43,7 @@ typedef struct kvs_evict_scratch {
     float *scores;                                          /* [n_heads][stride]; one head's where all see the same */
     uint8_t *keep;                                          /* [n_heads][n_slots] */
     uint32_t *n_live, *n_hard, *n_even, *n_keep, *keys;     /* [n_heads]; keys [n_heads][stride] for the budget stage */
-    float *carry;                                           /* [n_heads][n_slots] */
+    float *carry, *part;                                       /* [n_heads][n_slots] */
     int32_t *pos, *rope_pos, *token, *kept_pos, *kept_rope; /* [n_slots], for what one thread does */
     uint8_t *flags;
     void *block; /* all of the above */
@@ -85,6 +86,8 @@ struct kvs_session {
  * forward: the workspace, locked, for mode recompute. Errors leave the session unchanged. */
 kvs_status kvs_evict(kvs_session *s, kvs_forward *forward, uint32_t keep_override, const char *path, const char *reason,
                      bool *progress, kvs_error *err);
+/* Lets the policy observe, where it wants to now; how many rows may pass until it wants to again (UINT32_MAX: never). */
+uint32_t kvs_observe(kvs_session *s);
 /* Slots a head keeps where a policy has no keep of its own: the trigger or the budget less one chunk. */
 uint32_t kvs_keep_default(const kvs_session *s);
 kvs_status kvs_evict_scratch_create(kvs_session *s, kvs_error *err);

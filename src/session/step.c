@@ -328,8 +328,9 @@ static kvs_status add_run(kvs_forward *f, step_rows *rows, kvs_run *run, uint32_
 {
     kvs_session *s = run->session;
     uint32_t n = 0;
+    const uint32_t until_look = kvs_observe(s);
     KVS_TRY(plan_rows(s, f, run, at, &n, err));
-    n = kvs_min_u32(n, f->max_rows - rows->n_rows);
+    n = kvs_min_u32(kvs_min_u32(n, until_look), f->max_rows - rows->n_rows);
     int32_t pos[KVS_STEP_ROWS_MAX];
     for (uint32_t i = 0; i < n; i++)
         pos[i] = (int32_t)(s->n_tokens + i);

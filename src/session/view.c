@@ -109,6 +109,34 @@ static void soften(const kvs_kernels *kernels, const kvs_policy_view *v, const k
     kernels->exp_scale(prob, n_seen, most, (float)exp((double)most - lse));
 }
 
+/* Page in which the newest n live slots begin. */
+static uint32_t page_of_newest(const kvs_page_view *pages, uint32_t n_pages, uint32_t n)
+{
+    uint32_t p = n_pages;
+    for (uint32_t have = 0; p > 0 && have < n;)
+        have += (uint32_t)__builtin_popcountll(pages[--p].live);
+    return p;
+}
+
+/* The newest n live ones of a row's physical scores, oldest first. */
+static void copy_newest(const kvs_page_view *pages, uint32_t n_pages, const float *physical, uint32_t n, float *out)
+{
+    for (uint32_t p = n_pages; n > 0 && p-- > 0;) {
+        uint64_t bits = pages[p].live;
+        if ((bits & (bits + 1)) == 0) { /* no gaps: the usual page */
+            const uint32_t live = (uint32_t)__builtin_popcountll(bits), take = kvs_min_u32(live, n);
+            n -= take;
+            memcpy(out + n, physical + (size_t)p * KVS_PAGE_SLOTS + live - take, take * sizeof *out);
+            continue;
+        }
+        while (n > 0 && bits != 0) {
+            const uint32_t s = 63u - (uint32_t)__builtin_clzll(bits);
+            bits ^= 1ull << s;
+            out[--n] = physical[(size_t)p * KVS_PAGE_SLOTS + s];
+        }
+    }
+}
+
 static void read_window(const kvs_session *s, kvs_policy_view *v, kvs_view_scratch *t)
 {
     const kvs_model *m = s->model;
@@ -117,6 +145,8 @@ static void read_window(const kvs_session *s, kvs_policy_view *v, kvs_view_scrat
     const uint32_t n_physical = kvs_cache_n_physical(s->cache, v->layer, v->kv_head);
     const size_t stride = kvs_round_up(n_physical, KVS_TILE_SLOTS), width = (size_t)group * dh;
     kvs_cache_views(s->cache, v->layer, v->kv_head, t->pages, NULL);
+    v->n_window = n_rows;
+    v->window_pos = t->window_pos;
     for (uint32_t r = 0; r < n_rows; r++) {
         const uint64_t token_idx = s->n_tokens + s->queries.n_ahead - n_rows + r;
         float cos_sin[KVS_HEAD_DIM_MAX];
@@ -126,6 +156,8 @@ static void read_window(const kvs_session *s, kvs_policy_view *v, kvs_view_scrat
         m->kernels->rope(t->query + r * width, group, dh, cos_sin, m->n_freq);
         t->window_pos[r] = (int32_t)token_idx;
     }
+    v->n_pair = t->pair == NULL ? 0 : kvs_window_slots(v);
+    const uint32_t first_page = t->prob != NULL ? 0 : page_of_newest(t->pages, n_pages, v->n_pair);
     for (uint32_t row = 0; row < n_rows; row += KVS_ATTN_ROWS_MAX) {
         const kvs_attn_job job = {
             .pages = t->pages,
@@ -139,15 +171,17 @@ static void read_window(const kvs_session *s, kvs_policy_view *v, kvs_view_scrat
             .q_stride = width,
             .rope = &m->rope,
         };
-        m->kernels->attend_scores(&job, 0, n_physical, t->physical, stride, t->most);
+        m->kernels->attend_scores(&job, first_page * KVS_PAGE_SLOTS, n_physical, t->physical, stride, t->most);
         for (uint32_t r = 0; r < job.n_rows * group; r++) {
-            const size_t at = ((size_t)row * group + r) * v->n_slots;
-            soften(m->kernels, v, t->pages, n_pages, t->physical + r * stride, t->window_pos[row + r / group],
-                   t->logit == NULL ? NULL : t->logit + at, t->prob + at);
+            const size_t query = (size_t)row * group + r, at = query * v->n_slots;
+            if (t->pair != NULL)
+                copy_newest(t->pages, n_pages, t->physical + r * stride, v->n_pair, t->pair + query * v->n_pair);
+            if (t->prob != NULL)
+                soften(m->kernels, v, t->pages, n_pages, t->physical + r * stride, t->window_pos[row + r / group],
+                       t->logit == NULL ? NULL : t->logit + at, t->prob + at);
         }
     }
-    v->n_window = n_rows;
-    v->window_pos = t->window_pos;
+    v->window_pair = t->pair;
     v->window_prob = t->prob;
     v->window_logit = t->logit;
     v->window_query = t->query;
@@ -185,6 +219,7 @@ kvs_policy_view kvs_view_facts(const kvs_session *s, uint32_t layer, uint32_t he
         .rope_next = kvs_cache_next_rope(s->cache, layer, head),
         .n_tokens_last = (int64_t)s->n_tokens_evicted_at,
         .sentence_ends = s->sentence_ends,
+        .exp_scale = s->model->kernels->exp_scale,
         .work = t->work,
         .seed = s->options.seed,
         .event = s->n_evictions,
@@ -203,7 +238,7 @@ kvs_policy_view kvs_view_contents(const kvs_session *s, uint32_t layer, uint32_t
 kvs_policy_view kvs_view_head(const kvs_session *s, uint32_t layer, uint32_t head, kvs_view_scratch *t)
 {
     kvs_policy_view v = kvs_view_contents(s, layer, head, t);
-    if (t->prob != NULL)
+    if (t->query != NULL)
         read_window(s, &v, t);
     if (s->probe.most != NULL)
         v.probe = s->probe.most + ((size_t)layer * v.n_kv_heads + head) * v.group * s->scratch.n_slots;

@@ -130,7 +130,7 @@ one_object policy_json "name params source" policies baseline --json
 if "$kvasir" doctor >"$tmp/out" 2>&1; then
     names="nll ppl kl_mean kl_p99 top1 n_tokens n_kept_mean footprint peak_kv_bytes budget_bytes peak_rss_bytes ttft_ms
         tpot_ms prefill_tok_per_s decode_tok_per_s evictions evict_ms health ldd rddi future out_of_window collision order
-        backward gap seam policy position model arith"
+        backward gap seam policy position model arith head_consensus ger ger_layer_max"
     printf 'The keys of a cache are written once and never rewritten, so nothing drifts.\n%.0s' 1 2 3 4 5 6 >"$tmp/text"
     one_object doctor_json "ok isa model slow" doctor --json
     one_object run_json "text n_tokens ttft_ms health" run -p 'One, two, three,' -n 4 --temp 0 --json

@@ -3,6 +3,7 @@
 #ifndef KVS_POLICY_FIXTURE_H
 #define KVS_POLICY_FIXTURE_H
 
+#include "kernels/kernels.h"
 #include "policy/policy.h"
 
 #include <math.h>
@@ -33,6 +34,7 @@ typedef struct bench {
     float keys[SLOTS_MAX * HEAD_DIM], keys_raw[SLOTS_MAX * HEAD_DIM], values[SLOTS_MAX * HEAD_DIM];
     int32_t window_pos[WINDOW];
     float prob[WINDOW * GROUP * SLOTS_MAX], logit[WINDOW * GROUP * SLOTS_MAX], query[WINDOW * GROUP * HEAD_DIM];
+    float pair[WINDOW * GROUP * WINDOW], part[SLOTS_MAX];
     double query_sum[GROUP * HEAD_DIM], query_square[GROUP * HEAD_DIM * HEAD_DIM], theta[HEAD_DIM / 2];
     uint8_t keep[SLOTS_MAX], want[SLOTS_MAX];
     uint32_t unit[SLOTS_MAX];
@@ -94,6 +96,12 @@ static FIXTURE_UNUSED void fill_contents(kvs_rng *rng, uint32_t n)
     }
     for (uint32_t i = 0; i < HEAD_DIM / 2; i++)
         b.theta[i] = pow(10000, -2.0 * i / HEAD_DIM);
+    b.view.n_pair = kvs_window_slots(
+        &(kvs_policy_view){.n_slots = n, .n_window = b.view.n_window, .pos = b.pos, .window_pos = b.window_pos});
+    random_floats(rng, b.pair, sizeof b.pair / sizeof *b.pair);
+    b.view.window_pair = b.pair;
+    b.view.part = b.part;
+    b.view.exp_scale = kvs_kernels_get(0)->exp_scale;
     b.view.carry = b.carry;
     b.view.keys = b.keys;
     b.view.keys_raw = b.keys_raw;

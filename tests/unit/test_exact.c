@@ -473,6 +473,27 @@ static void evictions_in_recompute_are_not_exact(void **state)
     check_evicting("recompute", KVS_ARITH_NATIVE, KVS_KV_F16);
 }
 
+/* Policies that look at heads between evictions cut rows there: that must not show. */
+static void observations_are_not_exact(void **state)
+{
+    (void)state;
+    static const char *const observing[] = {
+        "compactor:chunk=48",
+        "non_causal_attention:chunk=40,keep=0.7 +schedule=every:40",
+        "expected_attention:epsilon=0.01 +budget=ada",
+        "qfilter +rescore=caote",
+    };
+    for (uint32_t p = 0; p < 4; p += EVICTING_STEP) {
+        const setting c = {.policy = observing[p], .budget = SMALL, .chunk = CHUNK, .arith = KVS_ARITH_F32};
+        reference(&c);
+        check_cut(&c, 2, 64);
+        check_cut(&c, p % 2 ? 3 : 1, p % 2 ? 23 : 1);
+        check_batches(&c, 2 + p % 3, 2 + p % 3);
+        check_fork(&c, FORK_AT);
+        check_save(&c, FORK_AT);
+    }
+}
+
 /* The script checks before each decoded token: rows of an answer must be seen one by one wherever a call begins. */
 static void paper_compat_depends_on_slices(void **state)
 {
@@ -691,6 +712,7 @@ int main(void)
         cmocka_unit_test(evictions_in_rerotate_are_not_exact),
         cmocka_unit_test(evictions_in_gapcap_are_not_exact),
         cmocka_unit_test(evictions_in_recompute_are_not_exact),
+        cmocka_unit_test(observations_are_not_exact),
         cmocka_unit_test(paper_compat_depends_on_slices),
         cmocka_unit_test(layer_scope_lasts_one_eviction),
         cmocka_unit_test(truncated_tokens_leave_a_trace),

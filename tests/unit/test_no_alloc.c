@@ -84,6 +84,8 @@ static const setting settings[] = {
     {.policy = "llama_context_shift:n_keep=4 +schedule=tokens:90", .budget_tokens = 200},
     {.policy = "attention_top:keep=0.9 +schedule=tokens:100", .budget_tokens = 500, .paper_compat = true},
     {.policy = "sliding_window +protect=none", .position = "keep", .budget_tokens = 64},
+    {.policy = "compactor:chunk=48", .budget_tokens = 200},
+    {.policy = "expected_attention +budget=ada", .budget_bytes = 400000},
 };
 enum { N_SETTINGS = sizeof settings / sizeof *settings, TURNS = 12, TURN_MAX = 160 };
 
