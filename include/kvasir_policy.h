@@ -34,8 +34,8 @@ enum {
     KVS_POLICY_NEEDS_QUERY_STATS = 1u << 10, /* mean and second moment of all queries so far, before rotation */
     KVS_POLICY_NEEDS_PROBE = 1u << 12,       /* what the rows of the probe stage attended to */
     KVS_POLICY_NEEDS_OUT_NORM = 1u << 11,    /* |W_o v|_1 of each slot and query head */
-    KVS_POLICY_NEEDS_END = 1u << 13, /* which tokens end a sentence */
-    KVS_POLICY_NEEDS_PAIRS = 1u << 14,       /* the newest rows against their own slots, both ways: window_of again */
+    KVS_POLICY_NEEDS_PAIRS = 1u << 13,       /* the newest rows against their own slots, both ways: window_of again */
+    KVS_POLICY_NEEDS_END = 1u << 14,
 };
 
 /* Who shares one keep set. */
@@ -81,8 +81,8 @@ typedef struct kvs_policy_view {
     int32_t rope_next;             /* where the next token will stand */
     const float *out_norm;         /* [group][n_slots] */
     const uint64_t *sentence_ends; /* bit t % 64 of element t / 64: token t ends a sentence; NULL unless asked */
-    const float *probe;   /* [group][n_slots]: the largest probability that any probe row's query head gave the slot */
-    float *part;          /* [n_slots] out: a second score, for score_layer; NULL unless ops->has_part */
+    const float *probe; /* [group][n_slots]: the largest probability that any probe row's query head gave the slot */
+    float *part;        /* [n_slots] out: a second score, for score_layer; NULL unless ops->has_part */
     void (*exp_scale)(float *x, uint32_t n, float less, float scale); /* x[i] = exp(x[i] - less) * scale, fast */
     float *work;          /* [work_of()] f32, this call's own; contents undefined */
     uint64_t seed, event; /* for random policies: this session's seed, how many evictions came before */

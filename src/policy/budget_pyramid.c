@@ -35,7 +35,8 @@ static void allocate(const double *params, const kvs_budget_view *v, uint32_t *n
     const double step = n_layers > 1 ? (high - low) / (n_layers - 1) : 0;
     uint64_t given = 0;
     for (uint32_t l = 0; l < n_layers; l++)
-        given += n_keep[l * n_heads] = (uint32_t)(window + (n_layers > 1 ? high - l * step : base) + (inside ? 0.5 : 0));
+        given += n_keep[l * n_heads] =
+            (uint32_t)(window + (n_layers > 1 ? high - l * step : base) + (inside ? 0.5 : 0));
     for (uint32_t l = n_layers; given > sum_even && l-- > 0;) { /* rounded up more often than down */
         const bool less = n_keep[l * n_heads] > 0;
         given -= less;

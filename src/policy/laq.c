@@ -57,7 +57,7 @@ static void score(const double *params, const kvs_policy_view *view, float *scor
         .doc = "what a few generated and discarded tokens attend to",                                                  \
         .source = "arXiv:2505.20334",                                                                                  \
         .exactness = "exact with +protect=none +schedule=after_prefill, apart from one set a group of query heads",    \
-        .schedule = "full",                                                                                   \
+        .schedule = "full",                                                                                            \
         .position = "keep",                                                                                            \
         .probe = "lookahead",                                                                                          \
         .scope = KVS_SCOPE_HEAD,                                                                                       \

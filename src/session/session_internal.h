@@ -43,7 +43,7 @@ typedef struct kvs_evict_scratch {
     float *scores;                                          /* [n_heads][stride]; one head's where all see the same */
     uint8_t *keep;                                          /* [n_heads][n_slots] */
     uint32_t *n_live, *n_hard, *n_even, *n_keep, *keys;     /* [n_heads]; keys [n_heads][stride] for the budget stage */
-    float *carry, *part;                                       /* [n_heads][n_slots] */
+    float *carry, *part;                                    /* [n_heads][n_slots] */
     int32_t *pos, *rope_pos, *token, *kept_pos, *kept_rope; /* [n_slots], for what one thread does */
     uint8_t *flags;
     void *block; /* all of the above */

@@ -69,6 +69,8 @@ static void shape_init(void)
                                   .vocab_size = 49152,
                                   .window_tokens = SLOTS};
     shape.kernels = kvs_kernels_get(kvs_cpu_masked(0));
+    if ((shape.pool = kvs_pool_create(shape.allocator, 1)) == NULL)
+        die("threads", "none");
 }
 
 static void session_open(kvs_session *s, const char *spec, const char *position)
@@ -171,9 +173,14 @@ static void bench_preset(const char *spec)
 static void bench_presets(void)
 {
     printf("part,preset,slots_before,slots_after,score_ms,select_ms,score_and_select_ms,move_ms,cpu_ms\n");
-    for (uint32_t i = 0; i < kvs_policy_count(); i++)
-        if (!kvs_policy_at(i)->never_evicts)
-            bench_preset(kvs_policy_at(i)->name);
+    for (uint32_t i = 0; i < kvs_policy_count(); i++) {
+        /* Scorers that read keys or queries need a model's: part 4 has them. */
+        kvs_policy p;
+        if (!kvs_policy_at(i)->never_evicts &&
+            kvs_policy_parse(kvs_policy_at(i)->name, NULL, false, &p, NULL) == KVS_OK &&
+            (kvs_policy_needs(&p) & ~(uint32_t)KVS_POLICY_NEEDS_MASS) == 0)
+            bench_preset(p.ops->name);
+    }
     bench_preset("attention_top:acc=1,scope=1");
     bench_preset("attention_top:acc=1,scope=2");
     bench_preset("attention_top:acc=1,scope=2,keep=0.5");

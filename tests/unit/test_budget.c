@@ -125,7 +125,8 @@ static void no_policy_in_no_mode_passes_its_budget(void **state)
         assert_int_equal(kvs_policy_parse(ops->name, NULL, false, &policy, NULL), KVS_OK);
         if (ops->never_evicts)
             continue;
-        for (uint32_t m = 0; m < sizeof modes / sizeof *modes; m++)
+        /* Two modes each, by turns: what a mode does to room does not depend on the preset. */
+        for (uint32_t m = k % 5, i = 0; i < 2; m = (m + 1 + (k / 5) % 4) % 5, i++)
             for (int in_bytes = 0; in_bytes < 2; in_bytes++) {
                 if (strcmp(modes[m], "recompute") == 0 && kvs_policy_scope_of(&policy) != KVS_SCOPE_SHARED)
                     continue; /* refused, test_policy.c */

@@ -336,6 +336,8 @@ static void policy_without_need_changes_results(void **state)
             for (uint32_t i = 0; i < 5; i++) {
                 if (i == 4 && strstr(info.stages, "(shared)") == NULL)
                     continue; /* recompute wants one keep set for all heads */
+                if ((p + i + (uint32_t)a) % 5 > 1)
+                    continue; /* two modes a preset and arithmetic: no mode is asked before an eviction */
                 c.policy = info.name;
                 c.position = modes[i];
                 c.budget = i % 2 ? N : BUDGET; /* the tightest budget that holds all is enough */
@@ -346,7 +348,9 @@ static void policy_without_need_changes_results(void **state)
                 kvs_usage u;
                 kvs_session_get_usage(s, &u);
                 kvs_session_free(&s);
-                assert_int_equal(u.n_evictions, 0);
+                if (u.n_evictions != 0)
+                    fail_msg("%s at %s, budget %u: %llu evictions", c.policy, c.position, c.budget,
+                             (unsigned long long)u.n_evictions);
                 check_same(&c, "budget", c.budget, 0);
             }
     }
@@ -400,6 +404,10 @@ static const char *const evicting[] = {
     "attention_top:acc=3,keep=0.9 +schedule=tokens:150",
     "random:keep=0.9 +schedule=every:37",
     "llama_context_shift:n_keep=8 +protect=none",
+    "g-kv:window=8",
+    "critical-adakv:window=16",
+    "obcache-vk +select=sentence:longest=12",
+    "dbudgetkv:threshold=0.2 +schedule=every:61",
 };
 enum { N_EVICTING = sizeof evicting / sizeof *evicting };
 
@@ -430,7 +438,9 @@ static void check_evicting(const char *position, kvs_arith arith, kvs_kv_type kv
             .policy = evicting[p], .position = position, .budget = SMALL, .chunk = CHUNK, .arith = arith, .kv = kv};
         if (!possible(&c)) { /* recompute for sets that differ between heads */
             assert_string_equal(position, "recompute");
-            assert_non_null(strstr(c.policy, "scope="));
+            kvs_policy parsed;
+            assert_int_equal(kvs_policy_parse(c.policy, NULL, false, &parsed, NULL), KVS_OK);
+            assert_int_not_equal(kvs_policy_scope_of(&parsed), KVS_SCOPE_SHARED);
             continue;
         }
         reference(&c);

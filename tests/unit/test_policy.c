@@ -499,11 +499,8 @@ static void a_pyramid_with_the_window_inside_is_kvpresss(void **state)
             n_slots[h] = N;
             n_even[h] = n_keep[h] = even;
         }
-        const kvs_budget_view v = {.n_layers = LAYERS,
-                                   .n_kv_heads = HEADS,
-                                   .n_slots = n_slots,
-                                   .n_protected = n_protected,
-                                   .n_even = n_even};
+        const kvs_budget_view v = {
+            .n_layers = LAYERS, .n_kv_heads = HEADS, .n_slots = n_slots, .n_protected = n_protected, .n_even = n_even};
         p.budget->allocate(p.budget_params, &v, n_keep);
         double least = even / 20.0, most = 2.0 * even - least;
         if (most >= N - SPARE) {
