@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """What scripts/oracle-transformers and scripts/oracle-kvpress share: one virtual environment, the GGUF read by transformers.
 
 Not a program. PyPI has torch for Linux on x86-64 only with CUDA: 3 GB to download, 5.9 GB in .venv-oracle.

@@ -82,7 +82,7 @@ static void score(const double *params, const kvs_policy_view *view, float *scor
         for (uint32_t i = 0; i < lag; i++) {
             uint32_t rank = 0; /* of equals the newer ranks higher */
             for (uint32_t j = 0; j < lag && !cross; j++)
-                rank += of_keys[j] < of_keys[i] || (of_keys[j] == of_keys[i] && j < i);
+                rank += of_keys[j] < of_keys[i] || (j < i && of_keys[j] == of_keys[i]);
             into[i] = cross ? of_keys[i] : (float)rank / (float)lag;
         }
     }

@@ -51,7 +51,7 @@ static bool is_name(const char *name)
     if (name == NULL)
         return false;
     const size_t n = strspn(name, "abcdefghijklmnopqrstuvwxyz0123456789_-");
-    return name[n] == '\0' && n <= NAME_CHARS_MAX && name[0] >= 'a' && name[0] <= 'z';
+    return n <= NAME_CHARS_MAX && name[n] == '\0' && name[0] >= 'a' && name[0] <= 'z';
 }
 
 static kvs_status check_param(const place *at, const kvs_policy_ops *ops, uint32_t k)
