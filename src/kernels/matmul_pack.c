@@ -95,7 +95,7 @@ static void read_k45(kvs_weight_type type, const uint8_t *raw, struct unit *u)
     for (uint32_t i = 0; i < 4; i++) {
         u->sc[i] = s[i] & 63u;
         u->min[i] = s[i + 4] & 63u;
-        u->sc[i + 4] = (uint8_t)((s[i + 8] & 15u) | s[i] >> 6 << 4);
+        u->sc[i + 4] = (uint8_t)((s[i + 8] & 15u) | (unsigned)(s[i] >> 6) << 4);
         u->min[i + 4] = (uint8_t)(s[i + 8] >> 4 | s[i + 4] >> 6 << 4);
     }
     for (uint32_t k = 0; k < UNIT_MAX; k++) {
