@@ -50,7 +50,8 @@
     X(leverage)                                                                                                        \
     X(non_causal_attention)                                                                                            \
     X(compactor)                                                                                                       \
-    X(qfilter)
+    X(qfilter)                                                                                                         \
+    X(cascading)
 
 #define KVS_PROBES(X)                                                                                                  \
     X(repeat)                                                                                                          \
