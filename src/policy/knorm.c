@@ -1,5 +1,5 @@
 /* Keys of small norm are the ones that get attention: keep those. Source: Devoto et al., arXiv:2406.11430 and kvpress's
- * KnormPress: score -|k|_2. skip layers at the bottom keep everything in its repository (2 there, 0 in kvpress). */
+ * KnormPress: score -|k|_2. Layers 0 and 1 keep everything in its repository, which is +budget=skip here; kvpress skips none. */
 #include "policy/policy.h"
 
 #include <math.h>
@@ -21,7 +21,7 @@ const kvs_policy_ops kvs_policy_knorm = {
     .name = "knorm",
     .doc = "keys of small norm",
     .source = "arXiv:2406.11430",
-    .exactness = "exact with +protect=none; its repository leaves the first two layers alone, kvpress does not",
+    .exactness = "exact with +protect=none; its repository leaves two layers alone: +budget=skip",
     .schedule = "full",
     .position = "keep",
     .scope = KVS_SCOPE_HEAD,

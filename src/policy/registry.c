@@ -68,7 +68,8 @@
     X(pyramid)                                                                                                         \
     X(ada)                                                                                                             \
     X(global)                                                                                                          \
-    X(composite)
+    X(composite)                                                                                                       \
+    X(skip)
 
 #define KVS_SELECTS(X)                                                                                                 \
     X(chunk)                                                                                                           \

@@ -815,6 +815,48 @@ static void observations_fall_on_whole_chunks(void **state)
     }
 }
 
+/* ---- layers that are left alone ---- */
+
+static void skipped_layers_keep_what_they_hold_within_bounds(void **state)
+{
+    (void)state;
+    enum { LAYERS = 10, HEADS = 3 };
+    const kvs_policy p = parse("knorm +budget=skip:layers=2"), none = parse("knorm +budget=skip:layers=0"),
+                     every = parse("knorm +budget=skip:layers=10");
+    static const struct {
+        uint32_t n_slots, n_even, low, high; /* what a head of a skipped layer keeps, and of another at least */
+    } cases[] = {
+        {130, 100, 130, 92}, /* all they hold: 2 * 30 more, 8 layers share 740 */
+        {500, 100, 250, 62}, /* half of 1,000 in two layers; 8 share 500 */
+        {100, 100, 100, 100}, {40, 10, 25, 6}, {1, 1, 1, 1},
+    };
+    for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
+        uint32_t n_slots[LAYERS * HEADS], n_even[LAYERS * HEADS], n_hard[LAYERS * HEADS] = {0}, n_keep[LAYERS * HEADS];
+        for (uint32_t at = 0; at < LAYERS * HEADS; at++) {
+            n_slots[at] = cases[c].n_slots;
+            n_even[at] = cases[c].n_even;
+        }
+        const kvs_budget_view v = {
+            .n_layers = LAYERS, .n_kv_heads = HEADS, .n_slots = n_slots, .n_protected = n_hard, .n_even = n_even};
+        const kvs_policy *const policies[] = {&p, &none, &every};
+        for (uint32_t k = 0; k < 3; k++) {
+            policies[k]->budget->allocate(policies[k]->budget_params, &v, n_keep);
+            uint32_t sum = 0;
+            for (uint32_t at = 0; at < LAYERS * HEADS; at++) {
+                sum += n_keep[at];
+                assert_int_equal(n_keep[at], n_keep[at - at % HEADS]);
+                if (k > 0)
+                    assert_int_equal(n_keep[at], cases[c].n_even);
+                else if (at < 2 * HEADS)
+                    assert_int_equal(n_keep[at], cases[c].low);
+                else
+                    assert_true(n_keep[at] >= cases[c].high && n_keep[at] <= cases[c].high + 1);
+            }
+            assert_int_equal(sum, LAYERS * HEADS * cases[c].n_even);
+        }
+    }
+}
+
 /* ---- the view's part of it, on a model ---- */
 
 static void a_session_pairs_the_newest_rows_with_their_slots(void **state)
@@ -889,6 +931,7 @@ int main(void)
         cmocka_unit_test(attention_within_chunks_meets_later_keys_too),
         cmocka_unit_test(compactor_blends_what_is_standardised_over_the_layer),
         cmocka_unit_test(observations_fall_on_whole_chunks),
+        cmocka_unit_test(skipped_layers_keep_what_they_hold_within_bounds),
         cmocka_unit_test(a_session_pairs_the_newest_rows_with_their_slots),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
