@@ -58,7 +58,7 @@ static kvs_cache *cache_new(const kvs_cache_config *config, uint32_t page_limit,
     c->gather = kvs_tile_gather_get(kvs_cpu_masked(0));
     c->n_heads = config->n_layers * config->n_kv_heads;
     c->block_bytes = block_bytes_of(config);
-    c->value_offset_bytes = c->block_bytes / 2;
+    c->half_bytes = c->block_bytes / 2;
     c->page_side_bytes = side_bytes_of(config);
     c->page_limit = page_limit;
     c->slot_cap = config->budget_tokens != 0 && !config->ragged ? config->budget_tokens : UINT32_MAX;

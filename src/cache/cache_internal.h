@@ -15,7 +15,7 @@ typedef struct kvs_block_pool {
     const kvs_allocator *allocator;
     bool orphan; /* its cache is gone: freed with its last block */
     uint32_t n_blocks, n_free;
-    uint8_t *arena;      /* [n_blocks][block_bytes]: keys, then values */
+    uint8_t *arena;      /* keys of all blocks, then values of all: neighbours of a head are read in a stream */
     uint32_t *refs;      /* [n_blocks] */
     uint32_t *free_list; /* [n_blocks] */
 } kvs_block_pool;
@@ -72,7 +72,7 @@ struct kvs_cache {
     const kvs_allocator *allocator;
     kvs_tile_gather_fn gather;
     uint32_t n_heads; /* n_layers * n_kv_heads */
-    size_t block_bytes, value_offset_bytes, page_side_bytes;
+    size_t block_bytes, half_bytes, page_side_bytes;
     uint32_t page_limit; /* pages the budget allows */
     uint32_t slot_cap;   /* live slots per head when the budget was given in tokens, else UINT32_MAX */
     uint32_t slots_max;  /* likewise, from the config */
@@ -97,11 +97,11 @@ static inline kvs_head *kvs_cache_head(const kvs_cache *c, uint32_t layer, uint3
 }
 static inline uint8_t *kvs_page_keys(const kvs_cache *c, const kvs_page *p)
 {
-    return p->pool->arena + (size_t)p->block * c->block_bytes;
+    return p->pool->arena + (size_t)p->block * c->half_bytes;
 }
 static inline uint8_t *kvs_page_values(const kvs_cache *c, const kvs_page *p)
 {
-    return kvs_page_keys(c, p) + c->value_offset_bytes;
+    return p->pool->arena + ((size_t)p->pool->n_blocks + p->block) * c->half_bytes;
 }
 
 /* Live masks are walked by runs of neighbours. */

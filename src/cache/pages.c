@@ -118,6 +118,12 @@ bool kvs_block_take(kvs_block_store *s, kvs_block_pool *own, kvs_page *page)
     return ok;
 }
 
+/* Keys, or values. */
+static uint8_t *block_half(const kvs_block_store *s, const kvs_page *p, uint32_t half)
+{
+    return p->pool->arena + ((size_t)half * p->pool->n_blocks + p->block) * (s->block_bytes / 2);
+}
+
 /* One step for all others: of two caches that copy a block at once, the second would find no free one where the first
  * has taken the last, and none needed once the first has let go. */
 bool kvs_block_own(kvs_block_store *s, kvs_block_pool *own, kvs_page *page, bool *copied)
@@ -129,8 +135,8 @@ bool kvs_block_own(kvs_block_store *s, kvs_block_pool *own, kvs_page *page, bool
         const kvs_page old = *page;
         *copied = ok = take(s, own, page);
         if (ok) {
-            memcpy(page->pool->arena + (size_t)page->block * s->block_bytes,
-                   old.pool->arena + (size_t)old.block * s->block_bytes, s->block_bytes);
+            for (uint32_t half = 0; half < 2; half++)
+                memcpy(block_half(s, page, half), block_half(s, &old, half), s->block_bytes / 2);
             drop(s, &old);
         }
     }
@@ -219,13 +225,13 @@ typedef struct packer {
 
 static void *key_tile(const kvs_cache *c, uint32_t page, uint32_t slot)
 {
-    return kvs_page_keys(c, &c->pages[page]) + c->value_offset_bytes / KVS_PAGE_SLOTS * (slot / 16 * 16);
+    return kvs_page_keys(c, &c->pages[page]) + c->half_bytes / KVS_PAGE_SLOTS * (slot / 16 * 16);
 }
 
 /* Values and facts of n neighbouring slots. */
 static void move_run(kvs_cache *c, uint32_t to, uint32_t to_slot, uint32_t from, uint32_t from_slot, uint32_t n)
 {
-    const size_t row = c->value_offset_bytes / KVS_PAGE_SLOTS;
+    const size_t row = c->half_bytes / KVS_PAGE_SLOTS;
     memmove(kvs_page_values(c, &c->pages[to]) + to_slot * row, kvs_page_values(c, &c->pages[from]) + from_slot * row,
             n * row);
     kvs_page_meta *dst = &c->meta[to];
@@ -312,7 +318,7 @@ static void ask_for_tile(const kvs_cache *c, uint32_t page, uint32_t slot)
     const uint32_t lanes = (uint32_t)(c->pages[page].live >> slot) & 0xffffu;
     if (lanes == 0)
         return;
-    const size_t row = c->value_offset_bytes / KVS_PAGE_SLOTS;
+    const size_t row = c->half_bytes / KVS_PAGE_SLOTS;
     const uint8_t *const keys = key_tile(c, page, slot);
     for (size_t line = 0; line < row * KVS_TILE_SLOTS; line += 64)
         __builtin_prefetch(keys + line);

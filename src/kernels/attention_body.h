@@ -23,6 +23,8 @@ enum {
     TILE_VECS = KVS_TILE_SLOTS / VF_LANES,
     GROUP_TILES = VF_TILE / TILE_VECS, /* key tiles of one register tile */
     WIDE_TILES = 3, /* so many live tiles of four make computing all four cheaper than each alone */
+    FEW = 3,        /* query vectors, one row of a group of 3: twice as many vectors beside them fill the registers */
+    FEW_VECS = VF_LANES == 8 ? 2 * VF_TILE : VF_TILE,
 };
 
 /* ---- keys ---- */
@@ -301,21 +303,28 @@ static void attend_scores(const kvs_attn_job *job, uint32_t slot_begin, uint32_t
 INLINE void output_tile(float *acc, size_t dim_stride, const float *p, const void *v, bool f16, size_t v_stride,
                         uint32_t begin, uint32_t end, const void *next, const int nq, const int nd)
 {
-    vf sum[BLOCK][VF_TILE];
+    vf sum[BLOCK][FEW_VECS];
     UNROLL for (int i = 0; i < nq; i++)
         UNROLL for (int h = 0; h < nd; h++)
             sum[i][h] = vf_load(acc + (size_t)i * dim_stride + (size_t)h * VF_LANES);
     for (uint32_t s = begin; s < end; s++) {
-        vf value[VF_TILE];
-        UNROLL for (int h = 0; h < nd; h++)
-            value[h] = load_any(v, f16, s * v_stride + (size_t)h * VF_LANES);
         if (f16)
             UNROLL for (int h = 0; h < nd; h += 64 / (2 * VF_LANES))
                 ask_for(next, (s * v_stride + (size_t)h * VF_LANES) * 2);
-        UNROLL for (int i = 0; i < nq; i++) {
+        vf few[BLOCK]; /* what is fewer stays in registers while the other passes: 12 sums fill most of them */
+        UNROLL for (int h = 0; h < nd && nd <= nq; h++)
+            few[h] = load_any(v, f16, s * v_stride + (size_t)h * VF_LANES);
+        UNROLL for (int i = 0; i < nq && nq < nd; i++)
+            few[i] = vf_set1(p[(size_t)i * KVS_PAGE_SLOTS + s]);
+        UNROLL for (int h = 0; h < nd && nq < nd; h++) {
+            const vf value = load_any(v, f16, s * v_stride + (size_t)h * VF_LANES);
+            UNROLL for (int i = 0; i < nq; i++)
+                sum[i][h] = vf_fma(few[i], value, sum[i][h]);
+        }
+        UNROLL for (int i = 0; i < nq && nd <= nq; i++) {
             const vf weight = vf_set1(p[(size_t)i * KVS_PAGE_SLOTS + s]);
             UNROLL for (int h = 0; h < nd; h++)
-                sum[i][h] = vf_fma(weight, value[h], sum[i][h]);
+                sum[i][h] = vf_fma(weight, few[h], sum[i][h]);
         }
     }
     UNROLL for (int i = 0; i < nq; i++)
@@ -342,6 +351,20 @@ OUTPUT_CASES(output_f16_2, true, VF_TILE / 2)
 OUTPUT_CASES(output_f32_2, false, VF_TILE / 2)
 OUTPUT_CASES(output_f16_1, true, 1)
 OUTPUT_CASES(output_f32_1, false, 1)
+
+static void output_few(float *acc, size_t dim_stride, const float *p, const void *v, bool f16, size_t v_stride,
+                       uint32_t begin, uint32_t end, const void *next, uint32_t nq)
+{
+#define FEW_CASE(n)                                                                                                    \
+    f16 ? output_tile(acc, dim_stride, p, v, true, v_stride, begin, end, next, n, FEW_VECS)                            \
+        : output_tile(acc, dim_stride, p, v, false, v_stride, begin, end, next, n, FEW_VECS)
+    switch (nq) {
+    case 1: FEW_CASE(1); break;
+    case 2: FEW_CASE(2); break;
+    default: FEW_CASE(FEW); break;
+    }
+#undef FEW_CASE
+}
 
 /* Values [begin, end) of a page as f32 rows of dim_stride: dims [dim_begin, dim_end), zeros up to a multiple of 16. */
 static void widen_values(float *dst, size_t dim_stride, const void *v, const void *ahead, bool f16, uint32_t head_dim,
@@ -416,11 +439,17 @@ static void output_run(const kvs_attn_job *job, const kvs_attn_scratch *sc, uint
         const float *const p = sc->p + (size_t)j * KVS_PAGE_SLOTS;
         for (uint32_t d = dim_begin, step; d < padded; d += step) {
             const uint32_t left = (padded - d) / VF_LANES;
-            const uint32_t nd = left >= VF_TILE ? VF_TILE : left >= VF_TILE / 2 ? VF_TILE / 2 : 1;
+            const bool few = (int)FEW_VECS > (int)VF_TILE && nq <= FEW && left >= FEW_VECS;
+            const uint32_t nd = few                   ? (uint32_t)FEW_VECS
+                                : left >= VF_TILE     ? VF_TILE
+                                : left >= VF_TILE / 2 ? VF_TILE / 2
+                                                      : 1;
             const void *const at = f16 ? (const void *)((const uint16_t *)v + d) : (const void *)((const float *)v + d);
             const void *const next = f16 ? (const void *)((const uint16_t *)ahead + d) : ahead;
             float *const acc = sc->acc + j * sc->dim_stride + d;
-            if (nd == VF_TILE)
+            if (few)
+                output_few(acc, sc->dim_stride, p, at, f16, v_stride, begin, end, next, nq);
+            else if (nd == VF_TILE)
                 (f16 ? output_f16_4 : output_f32_4)(acc, sc->dim_stride, p, at, v_stride, begin, end, next, nq);
             else if (nd == VF_TILE / 2)
                 (f16 ? output_f16_2 : output_f32_2)(acc, sc->dim_stride, p, at, v_stride, begin, end, next, nq);

@@ -3,7 +3,7 @@
 #include "kernels/matmul.h"
 
 /* K-block of the f32 path: two widened panels of it are 64 KiB, within the second-level cache of any AVX2 machine. */
-enum { K_BLOCK = 512, TASKS_PER_THREAD = 8 };
+enum { K_BLOCK = 512, TASKS_PER_THREAD = 4 };
 
 struct job {
     const struct kvs_matmul_kernels *kernels;

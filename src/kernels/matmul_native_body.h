@@ -5,7 +5,7 @@
 
 enum {
     ROWS_MAX = V_HAS_DOT ? 8 : 4, /* whose sums and accumulators stay in registers */
-    SHORT_PAIR_BYTES = 12288,     /* two panels that the first-level cache holds beside the activations */
+    SHORT_PAIR_BYTES = 16384,     /* two panels that the first-level cache holds beside the activations */
     AHEAD_BYTES = 2048,
 };
 
@@ -175,32 +175,32 @@ ALWAYS_INLINE void add_super(const kvs_weight_type type, const unsigned n_rows, 
     }
 }
 
-/* n_panels panels x n_rows rows, one part of each panel: several panels hide the latency of the two FMAs of a block when
- * rows are few. */
+/* n_panels panels x n_rows rows, n_parts parts of each panel from `part`: several panels or parts hide the latency of the
+ * two FMAs of a block when rows are few, and parts side by side read each line once. */
 ALWAYS_INLINE void native_rows(const kvs_weight_type type, const unsigned n_rows, const unsigned n_panels,
                                const struct kvs_panels *p, const uint8_t *panel, const unsigned part,
-                               const struct kvs_act_block *a, uint32_t row, uint32_t n_stored, float *y,
-                               size_t y_stride)
+                               const unsigned n_parts, const struct kvs_act_block *a, uint32_t row, uint32_t n_stored,
+                               float *y, size_t y_stride)
 {
-    const uint32_t unit = kvs_is_k(type) ? KVS_SUPER_BLOCKS : 1, n_blocks = p->n_in / KVS_QBLOCK,
-                   first = part * V_LANES;
+    const uint32_t unit = kvs_is_k(type) ? KVS_SUPER_BLOCKS : 1, n_blocks = p->n_in / KVS_QBLOCK;
     const size_t scale_bytes = kvs_is_k(type) ? KVS_SUPER_BYTES : (size_t)KVS_PANEL * 2;
     const size_t code_bytes = unit * kvs_panel_code_bytes(type), stride_bytes = p->stride_bytes;
     const uint8_t *codes = panel, *scales = (const uint8_t *)kvs_panel_scales(p, panel);
     const bool pair_ahead = n_panels * stride_bytes <= SHORT_PAIR_BYTES;
     vf acc[2][ROWS_MAX];
 #pragma GCC unroll 2
-    for (unsigned i = 0; i < n_panels; i++)
+    for (unsigned i = 0; i < n_panels * n_parts; i++)
 #pragma GCC unroll 8
         for (unsigned r = 0; r < n_rows; r++)
             acc[i][r] = V(setzero_ps)();
     for (uint32_t b = 0; b < n_blocks; b += unit, a += unit, codes += code_bytes, scales += scale_bytes)
 #pragma GCC unroll 2
-        for (unsigned i = 0; i < n_panels; i++) {
-            const uint8_t *const c = codes + i * stride_bytes, *const s = scales + i * stride_bytes;
+        for (unsigned i = 0; i < n_panels * n_parts; i++) {
+            const unsigned n = i / n_parts, first = (part + i % n_parts) * V_LANES;
+            const uint8_t *const c = codes + n * stride_bytes, *const s = scales + n * stride_bytes;
             struct ahead ahead = {NULL, pair_ahead};
-            if (n_rows == 1 && part == 0)
-                ahead.at = pair_ahead ? panel + (n_panels + i) * stride_bytes + b * block_bytes(type) : c + AHEAD_BYTES;
+            if (n_rows == 1 && first == 0)
+                ahead.at = pair_ahead ? panel + (n_panels + n) * stride_bytes + b * block_bytes(type) : c + AHEAD_BYTES;
             if (kvs_is_k(type))
                 add_super(type, n_rows, c + (size_t)first * 4, s, first, ahead, a, row, acc[i]);
             else
@@ -209,11 +209,12 @@ ALWAYS_INLINE void native_rows(const kvs_weight_type type, const unsigned n_rows
         }
         /* NOLINTNEXTLINE(readability-misleading-indentation): a pragma stands at the margin */
 #pragma GCC unroll 2
-    for (unsigned i = 0; i < n_panels; i++)
+    for (unsigned i = 0; i < n_panels * n_parts; i++)
 #pragma GCC unroll 8
         for (unsigned r = 0; r < n_rows; r++)
             if (r < n_stored)
-                V(storeu_ps)(y + (row + r) * y_stride + (size_t)i * KVS_PANEL + first, acc[i][r]);
+                V(storeu_ps)
+    (y + (row + r) * y_stride + (size_t)(i / n_parts) * KVS_PANEL + (part + i % n_parts) * V_LANES, acc[i][r]);
 }
 
 /* step panels at a time, the rest one by one. */
@@ -221,14 +222,17 @@ ALWAYS_INLINE void native_panels(const kvs_weight_type type, const unsigned n_ro
                                  const struct kvs_panels *p, const struct kvs_act_block *a, uint32_t row,
                                  uint32_t n_stored, float *y, size_t y_stride)
 {
+    const unsigned n_parts = n_rows <= 2 ? (unsigned)V_PARTS : 1;
     const uint8_t *panel = p->base;
     uint32_t n = 0;
     for (; n + step <= p->n_panels; n += step, panel += step * p->stride_bytes)
-        for (unsigned part = 0; part < V_PARTS; part++)
-            native_rows(type, n_rows, step, p, panel, part, a, row, n_stored, y + (size_t)n * KVS_PANEL, y_stride);
+        for (unsigned part = 0; part < V_PARTS; part += n_parts)
+            native_rows(type, n_rows, step, p, panel, part, n_parts, a, row, n_stored, y + (size_t)n * KVS_PANEL,
+                        y_stride);
     for (; n < p->n_panels; n++, panel += p->stride_bytes)
-        for (unsigned part = 0; part < V_PARTS; part++)
-            native_rows(type, n_rows, 1, p, panel, part, a, row, n_stored, y + (size_t)n * KVS_PANEL, y_stride);
+        for (unsigned part = 0; part < V_PARTS; part += n_parts)
+            native_rows(type, n_rows, 1, p, panel, part, n_parts, a, row, n_stored, y + (size_t)n * KVS_PANEL,
+                        y_stride);
 }
 
 ALWAYS_INLINE void native_type(const kvs_weight_type type, const struct kvs_panels *p, const struct kvs_act_block *a,

@@ -19,6 +19,7 @@ enum {
     N_POS = 8192,
     DEPTH_MAX = 7680,
     PAGES = DEPTH_MAX / KVS_PAGE_SLOTS,
+    CHUNK_PAGES = 4,
     REPEATS = 7
 };
 
@@ -58,11 +59,14 @@ static void fill_pages(bench *b)
     b->pages = take((size_t)HEADS * PAGES, sizeof *b->pages);
     b->rope_pos = take(DEPTH_MAX, sizeof *b->rope_pos);
     b->key_rot = take(DEPTH_MAX, sizeof *b->key_rot);
-    for (size_t p = 0; p < (size_t)HEADS * PAGES; p++)
-        b->pages[p] = (kvs_page_view){.k = kv + p * 2 * page_halfs,
-                                      .v = kv + (p * 2 + 1) * page_halfs,
+    for (size_t p = 0; p < (size_t)HEADS * PAGES; p++) { /* where a cache has them: a chunk's pages of a head together */
+        const size_t head = p / PAGES, page = p % PAGES;
+        const size_t block = (page / CHUNK_PAGES * HEADS + head) * CHUNK_PAGES + page % CHUNK_PAGES;
+        b->pages[p] = (kvs_page_view){.k = kv + block * page_halfs,
+                                      .v = kv + ((size_t)HEADS * PAGES + block) * page_halfs,
                                       .rope_pos = b->rope_pos + p % PAGES * KVS_PAGE_SLOTS,
                                       .key_rot = b->key_rot + p % PAGES * KVS_PAGE_SLOTS};
+    }
     const size_t n_q = (size_t)HEADS * KVS_ATTN_ROWS_MAX * GROUP * DIM;
     b->q = take(n_q, sizeof *b->q), b->out = take(n_q, sizeof *b->out);
     for (size_t i = 0; i < n_q; i++)
