@@ -56,14 +56,14 @@ static kvs_status check_budget(const kvs_session *s, kvs_error *err)
 {
     const kvs_cache_meter m = *kvs_cache_meter_now(s->cache);
     const kvs_protect *p = &s->policy.protect;
-    const uint64_t least =
-        s->policy.ops->never_evicts ? 1 : (uint64_t)p->sinks + p->recent + 1 + s->probe.reserve_tokens;
+    const uint32_t sinks = kvs_policy_sinks(&s->policy);
+    const uint64_t least = s->policy.ops->never_evicts ? 1 : (uint64_t)sinks + p->recent + 1 + s->probe.reserve_tokens;
     if (m.budget_tokens < least)
         return kvs_error_set(
             err, KVS_EBUDGET,
             "budget of %llu tokens a head (%llu bytes) cannot hold what is protected (sinks %u, recent "
             "%u), %u rows of a probe and one token; it must be at least %llutok",
-            (unsigned long long)m.budget_tokens, (unsigned long long)m.budget_bytes, p->sinks, p->recent,
+            (unsigned long long)m.budget_tokens, (unsigned long long)m.budget_bytes, sinks, p->recent,
             s->probe.reserve_tokens, (unsigned long long)least);
     if (s->policy.schedule == KVS_SCHEDULE_TOKENS && s->policy.schedule_value > m.budget_tokens &&
         !s->policy.ops->never_evicts)

@@ -491,7 +491,7 @@ static void observations_are_not_exact(void **state)
         "compactor:chunk=48",
         "non_causal_attention:chunk=40,keep=0.7 +schedule=every:40",
         "expected_attention:epsilon=0.01 +budget=ada",
-        "qfilter +rescore=caote",
+        "cap +rescore=caote",
     };
     for (uint32_t p = 0; p < 4; p += EVICTING_STEP) {
         const setting c = {.policy = observing[p], .budget = SMALL, .chunk = CHUNK, .arith = KVS_ARITH_F32};
