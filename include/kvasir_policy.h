@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define KVS_POLICY_ABI 2
+#define KVS_POLICY_ABI 3
 
 /* One of them is the keep share, so a preset has at most 15 of its own. */
 enum { KVS_POLICY_PARAMS_MAX = 16 };
@@ -126,7 +126,8 @@ typedef struct kvs_policy_ops {
      * score has to do the same. Both NULL: none; needs KVS_POLICY_NEEDS_CARRY. */
     void (*observe)(const double *params, const kvs_policy_view *view);
     uint64_t (*observe_at)(const double *params, uint64_t n_tokens);
-    bool has_part; /* view->part is there */
+    bool has_part;      /* view->part is there */
+    bool signed_scores; /* scores may be below 0: no stage rescore can take them for attention */
     /* Rows of the window, 1 to KVS_POLICY_WINDOW_MAX; NULL without KVS_POLICY_NEEDS_WINDOW and _PAIRS. */
     uint32_t (*window_of)(const double *params);
     /* f32 elements of view->work for a head of n_slots; NULL: 0. */

@@ -25,6 +25,7 @@ const kvs_policy_ops kvs_policy_attention_bottom = {
     .keep = "0.7",
     .params = kvs_attention_mass_params,
     .n_params = 3,
+    .signed_scores = true,
     .score = score,
     .needs_of = kvs_attention_mass_needs,
     .scope_of = kvs_attention_mass_scope,

@@ -21,5 +21,6 @@ const kvs_budget_ops kvs_budget_ada = {
              .params = params_info,
              .n_params = 1},
     .scope = KVS_SCOPE_HEAD,
+    .by_score = true,
     .allocate = allocate,
 };

@@ -109,6 +109,7 @@ const kvs_budget_ops kvs_budget_composite = {
              .params = params_info,
              .n_params = 1},
     .scope = KVS_SCOPE_LAYER,
+    .by_score = true,
     .share_max = 16,
     .allocate = allocate,
 };

@@ -19,6 +19,7 @@ const kvs_budget_ops kvs_budget_global = {
              .params = params_info,
              .n_params = 1},
     .scope = KVS_SCOPE_HEAD,
+    .by_score = true,
     .share_max = 16,
     .allocate = allocate,
 };

@@ -86,6 +86,7 @@ const kvs_policy_ops kvs_policy_g_kv = {
     .needs = KVS_POLICY_NEEDS_WINDOW | KVS_POLICY_NEEDS_KEYS | KVS_POLICY_NEEDS_CARRY,
     .params = params_info,
     .n_params = 6,
+    .signed_scores = true,
     .score = score,
     .window_of = window_of,
     .work_of = work_of,

@@ -49,6 +49,7 @@ const kvs_policy_ops kvs_policy_keydiff = {
     .position = "keep",
     .scope = KVS_SCOPE_HEAD,
     .needs = KVS_POLICY_NEEDS_KEYS,
+    .signed_scores = true,
     .score = score,
     .work_of = work_of,
 };

@@ -26,5 +26,6 @@ const kvs_policy_ops kvs_policy_knorm = {
     .position = "keep",
     .scope = KVS_SCOPE_HEAD,
     .needs = KVS_POLICY_NEEDS_KEYS,
+    .signed_scores = true,
     .score = score,
 };

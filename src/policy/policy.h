@@ -75,6 +75,7 @@ typedef struct kvs_budget_view {
 typedef struct kvs_budget_ops {
     kvs_choice_info info;
     kvs_policy_scope scope; /* the finest sets it can share out to: KVS_SCOPE_LAYER keeps a layer's heads equal */
+    bool by_score;          /* shares out by scores: of no use where every head has the same */
     uint32_t share_max;     /* even shares that one head can get; 0: as many as a layer has KV heads */
     void (*allocate)(const double *params, const kvs_budget_view *view, uint32_t *n_keep);
 } kvs_budget_ops;
@@ -118,6 +119,8 @@ uint32_t kvs_policy_needs(const kvs_policy *p);
 kvs_policy_scope kvs_policy_scope_of(const kvs_policy *p);
 uint32_t kvs_policy_window(const kvs_policy *p);                                  /* rows; 0: none wanted */
 size_t kvs_policy_work(const kvs_policy *p, uint32_t n_slots, uint32_t head_dim); /* f32 elements */
+/* First tokens of the conversation that protection, or the preset's own parameter `sinks`, keeps whatever happens. */
+uint32_t kvs_policy_sinks(const kvs_policy *p);
 /* Whether heads may come to hold different numbers of slots. */
 bool kvs_policy_is_ragged(const kvs_policy *p);
 /* Slots to keep of n_slots (a share rounds down, as the paper's script does); n_full is what an absent `keep` means.

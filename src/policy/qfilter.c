@@ -93,6 +93,7 @@ const kvs_policy_ops kvs_policy_qfilter = {
     .position = "keep",
     .scope = KVS_SCOPE_HEAD,
     .needs = KVS_POLICY_NEEDS_KEYS_RAW | KVS_POLICY_NEEDS_QUERY_STATS,
+    .signed_scores = true,
     .score = score,
     .work_of = work_of,
 };

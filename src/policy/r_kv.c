@@ -77,6 +77,7 @@ const kvs_policy_ops kvs_policy_r_kv = {
     .needs = KVS_POLICY_NEEDS_WINDOW | KVS_POLICY_NEEDS_LOGITS | KVS_POLICY_NEEDS_KEYS,
     .params = params_info,
     .n_params = 4,
+    .signed_scores = true,
     .score = score,
     .window_of = window_of,
     .work_of = work_of,

@@ -50,6 +50,7 @@ const kvs_policy_ops kvs_policy_scissorhands = {
     .needs = KVS_POLICY_NEEDS_WINDOW,
     .params = params_info,
     .n_params = 2,
+    .signed_scores = true,
     .score = score,
     .window_of = window_of,
 };

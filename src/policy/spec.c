@@ -484,6 +484,99 @@ static kvs_policy_scope select_scope(const kvs_policy *p)
     return p->select == NULL || p->select->scope_of == NULL ? KVS_SCOPE_HEAD : p->select->scope_of(p->select_params);
 }
 
+static kvs_policy_scope own_scope(const kvs_policy *p)
+{
+    return p->ops->scope_of == NULL ? p->ops->scope : p->ops->scope_of(p->params);
+}
+
+/* Scores that see positions, tokens and chance alone, and one set for all heads: every head scores alike. */
+static bool scores_alike(const kvs_policy *p)
+{
+    return own_scope(p) == KVS_SCOPE_SHARED &&
+           (p->ops->needs | (p->ops->needs_of == NULL ? 0 : p->ops->needs_of(p->params))) == 0;
+}
+
+static kvs_status check_rescore(const kvs_policy *p, kvs_error *err)
+{
+    if (p->rescore == NULL)
+        return KVS_OK;
+    const char *const name = p->ops->name, *const second = p->rescore->info.name;
+    if (scores_alike(p))
+        return kvs_error_set(err, KVS_EINVAL,
+                             "+rescore=%s takes the first scores for attention, and %s looks at no "
+                             "attention, key or value",
+                             second, name);
+    if (p->ops->signed_scores)
+        return kvs_error_set(err, KVS_EINVAL,
+                             "+rescore=%s takes the first scores for attention, and those of %s may be below 0", second,
+                             name);
+    if (p->ops->target_by_score != NULL)
+        return kvs_error_set(err, KVS_EINVAL,
+                             "%s counts by its own scores how many slots stay, and +rescore=%s would replace them",
+                             name, second);
+    if (p->ops->rescore == NULL && strcmp(p->ops->source, p->rescore->info.source) == 0)
+        return kvs_error_set(err, KVS_EINVAL, "%s scores by the formula of +rescore=%s already (both %s)", name, second,
+                             p->ops->source);
+    return KVS_OK;
+}
+
+static kvs_status check_budget(const kvs_policy *p, kvs_error *err)
+{
+    if (p->budget == NULL)
+        return KVS_OK;
+    const char *const name = p->ops->name, *const budget = p->budget->info.name;
+    if (p->ops->target != NULL || p->ops->target_by_score != NULL)
+        return kvs_error_set(err, KVS_EINVAL,
+                             "%s says itself how many slots each head keeps: it takes no +budget=%s, only "
+                             "+budget=uniform",
+                             name, budget);
+    if (p->budget->by_score && scores_alike(p))
+        return kvs_error_set(err, KVS_EINVAL,
+                             "+budget=%s shares out by score, and %s looks at no attention, key or value: all "
+                             "heads score alike",
+                             budget, name);
+    return KVS_OK;
+}
+
+/* Layers in a row that share a keep set. */
+static kvs_status check_reuse(const kvs_policy *p, kvs_error *err)
+{
+    if (p->select == NULL || p->select->reuse_of == NULL || p->select->reuse_of(p->select_params) <= 1)
+        return KVS_OK;
+    const char *const name = p->select->info.name;
+    const uint32_t reuse = p->select->reuse_of(p->select_params);
+    if (p->budget != NULL)
+        return kvs_error_set(err, KVS_EINVAL,
+                             "+select=%s:reuse=%u copies keep sets between layers, +budget=%s gives each %s its own "
+                             "number of slots: use reuse=1",
+                             name, reuse, p->budget->info.name, p->budget->scope == KVS_SCOPE_HEAD ? "head" : "layer");
+    if (own_scope(p) == KVS_SCOPE_SHARED)
+        return kvs_error_set(err, KVS_EINVAL,
+                             "+select=%s:reuse=%u copies keep sets between layers, and %s has one for all layers: use "
+                             "reuse=1",
+                             name, reuse, p->ops->name);
+    return KVS_OK;
+}
+
+/* What a fresh prefill of the kept tokens cannot give. */
+static kvs_status check_recompute(const kvs_policy *p, kvs_error *err)
+{
+    if (p->position != KVS_POSITION_RECOMPUTE)
+        return KVS_OK;
+    const kvs_policy_scope scope = kvs_policy_scope_of(p);
+    if (scope != KVS_SCOPE_SHARED)
+        return kvs_error_set(
+            err, KVS_EINVAL, "position recompute needs one keep set for all heads, %s%s keeps another set in each %s",
+            own_scope(p) < scope ? "+budget=" : "", own_scope(p) < scope ? p->budget->info.name : p->ops->name,
+            scope == KVS_SCOPE_LAYER ? "layer" : "head");
+    if (kvs_policy_needs(p) & KVS_POLICY_NEEDS_CARRY)
+        return kvs_error_set(err, KVS_EINVAL,
+                             "position recompute reads the kept tokens afresh, which loses what %s carries with each "
+                             "slot",
+                             p->ops->name);
+    return KVS_OK;
+}
+
 /* Stages that cannot stand together: named both, with the reason. */
 static kvs_status check_stages(const kvs_policy *p, kvs_error *err)
 {
@@ -509,11 +602,8 @@ static kvs_status check_stages(const kvs_policy *p, kvs_error *err)
             err, KVS_EINVAL,
             "+probe=%s adds rows to the window of attention, which %s does not look at; snapkv and laq do",
             p->probe->info.name, name);
-    if (p->budget != NULL && (p->ops->target != NULL || p->ops->target_by_score != NULL))
-        return kvs_error_set(err, KVS_EINVAL,
-                             "%s says itself how many slots each head keeps: it takes no +budget=%s, only "
-                             "+budget=uniform",
-                             name, p->budget->info.name);
+    KVS_TRY(check_rescore(p, err));
+    KVS_TRY(check_budget(p, err));
     if (p->select != NULL && p->ops->choose != NULL)
         return kvs_error_set(err, KVS_EINVAL, "%s chooses its slots itself: it takes no +select=%s", name,
                              p->select->info.name);
@@ -522,13 +612,7 @@ static kvs_status check_stages(const kvs_policy *p, kvs_error *err)
                              "+select=%s keeps one set for all heads of a layer, +budget=%s gives each head its own "
                              "number of slots: use +select=%s:heads=1",
                              p->select->info.name, p->budget->info.name, p->select->info.name);
-    if (p->budget != NULL && p->budget->scope == KVS_SCOPE_HEAD && p->select != NULL && p->select->reuse_of != NULL &&
-        p->select->reuse_of(p->select_params) > 1)
-        return kvs_error_set(err, KVS_EINVAL,
-                             "+select=%s:reuse=%u copies keep sets between layers, +budget=%s gives each head its own "
-                             "number of slots: use reuse=1",
-                             p->select->info.name, p->select->reuse_of(p->select_params), p->budget->info.name);
-    return KVS_OK;
+    return check_reuse(p, err);
 }
 
 /* What a preset says of itself under these parameters: a plug-in's may be anything. */
@@ -606,10 +690,7 @@ kvs_status kvs_policy_parse_tail(const kvs_policy_ops *ops, const char *tail, co
     p.params[p.ops->n_params] = p.keep_ratio;
     KVS_TRY(check_answers(p.ops, p.params, err));
     KVS_TRY(check_stages(&p, err));
-    if (p.position == KVS_POSITION_RECOMPUTE && kvs_policy_scope_of(&p) != KVS_SCOPE_SHARED)
-        return kvs_error_set(err, KVS_EINVAL,
-                             "position recompute needs one keep set for all heads, %s keeps another set in each %s",
-                             p.ops->name, kvs_policy_scope_of(&p) == KVS_SCOPE_LAYER ? "layer" : "head");
+    KVS_TRY(check_recompute(&p, err));
     write_text(&p);
     *out = p;
     return KVS_OK;
@@ -626,7 +707,7 @@ uint32_t kvs_policy_needs(const kvs_policy *p)
 /* The finer of what the scorer wants, as far as the selection goes along, and what the budget can share out. */
 kvs_policy_scope kvs_policy_scope_of(const kvs_policy *p)
 {
-    const kvs_policy_scope wanted = p->ops->scope_of == NULL ? p->ops->scope : p->ops->scope_of(p->params);
+    const kvs_policy_scope wanted = own_scope(p);
     const kvs_policy_scope own = wanted < select_scope(p) ? wanted : select_scope(p);
     return p->budget != NULL && p->budget->scope > own ? p->budget->scope : own;
 }
@@ -652,6 +733,15 @@ size_t kvs_policy_work(const kvs_policy *p, uint32_t n_slots, uint32_t head_dim)
                               ? 0
                               : p->rescore->work_of(p->rescore_params, n_slots, head_dim);
     return own > second ? own : second;
+}
+
+uint32_t kvs_policy_sinks(const kvs_policy *p)
+{
+    uint32_t n = p->protect.sinks;
+    for (uint32_t i = 0; i < p->ops->n_params; i++)
+        if (strcmp(p->ops->params[i].name, "sinks") == 0)
+            n = kvs_max_u32(n, (uint32_t)p->params[i]);
+    return n;
 }
 
 bool kvs_policy_is_ragged(const kvs_policy *p)

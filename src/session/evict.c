@@ -385,6 +385,42 @@ static void count_task(void *ctx, uint32_t set, uint32_t thread)
     }
 }
 
+static uint32_t least_of(const kvs_evict_scratch *e, uint32_t head)
+{
+    return kvs_min_u32(kvs_max_u32(e->n_hard[head], 1), e->n_live[head]);
+}
+
+/* Slots that all heads keep when none keeps more than `most`, but what it must. */
+static uint64_t kept_under(const eviction *x, uint32_t most)
+{
+    const kvs_evict_scratch *e = &x->s->scratch;
+    uint64_t sum = 0;
+    for (uint32_t h = 0; h < x->n_heads; h++)
+        sum += kvs_min_u32(e->n_keep[h], kvs_max_u32(most, least_of(e, h)));
+    return sum;
+}
+
+/* What is protected outranks any share. What that takes comes from the heads that got most, so that the sum stays that of
+ * the even shares. */
+static void bound_shares(const eviction *x)
+{
+    kvs_evict_scratch *e = &x->s->scratch;
+    uint64_t room = 0;
+    uint32_t most = 0, too_many = UINT32_MAX;
+    for (uint32_t h = 0; h < x->n_heads; h++) {
+        e->n_keep[h] = kvs_min_u32(kvs_max_u32(e->n_keep[h], least_of(e, h)), e->n_live[h]);
+        room += kvs_max_u32(kvs_min_u32(e->n_even[h], e->n_live[h]), least_of(e, h));
+    }
+    if (kept_under(x, too_many) <= room)
+        return;
+    while (too_many - most > 1) {
+        const uint32_t middle = most + (too_many - most) / 2;
+        *(kept_under(x, middle) <= room ? &most : &too_many) = middle;
+    }
+    for (uint32_t h = 0; h < x->n_heads; h++)
+        e->n_keep[h] = kvs_min_u32(e->n_keep[h], kvs_max_u32(most, least_of(e, h)));
+}
+
 static kvs_status share_out(eviction *x)
 {
     const kvs_policy *p = &x->s->policy;
@@ -403,8 +439,7 @@ static kvs_status share_out(eviction *x)
         .keys = e->keys,
     };
     p->budget->allocate(p->budget_params, &view, e->n_keep);
-    for (uint32_t h = 0; h < x->n_heads; h++) /* what is protected outranks any share */
-        e->n_keep[h] = kvs_min_u32(kvs_max_u32(e->n_keep[h], kvs_max_u32(e->n_hard[h], 1)), e->n_live[h]);
+    bound_shares(x);
     return KVS_OK;
 }
 

@@ -27,15 +27,13 @@ static kvs_cache_config cache_config(const kvs_session *s, uint32_t n_held)
     };
     /* A budget in bytes lets a ragged policy give one head most of it; uniform ones need the share of one. */
     const uint32_t share = c.budget_tokens != 0 ? c.budget_tokens : kvs_cache_tokens_for_bytes(&c, c.budget_bytes);
-    const uint64_t most = (uint64_t)kvs_max_u32(share, n_held) + KVS_PAGE_SLOTS;
+    uint64_t most = (uint64_t)share + KVS_PAGE_SLOTS;
+    c.ragged = kvs_policy_is_ragged(&s->policy);
+    if (c.ragged) /* one head may get several even shares; how many is the budget stage's to say */
+        most *=
+            s->policy.budget == NULL || s->policy.budget->share_max == 0 ? i->n_kv_heads : s->policy.budget->share_max;
+    most = most > (uint64_t)n_held + KVS_PAGE_SLOTS ? most : (uint64_t)n_held + KVS_PAGE_SLOTS;
     c.slots_max = most < UINT32_MAX ? (uint32_t)most : UINT32_MAX;
-    if (!kvs_policy_is_ragged(&s->policy))
-        return c;
-    /* One head may get several even shares; how many is the budget stage's to say. */
-    const uint32_t share_max =
-        s->policy.budget == NULL || s->policy.budget->share_max == 0 ? i->n_kv_heads : s->policy.budget->share_max;
-    c.ragged = true;
-    c.slots_max = most * share_max < UINT32_MAX ? (uint32_t)(most * share_max) : UINT32_MAX;
     return c;
 }
 
@@ -58,14 +56,14 @@ static kvs_status check_budget(const kvs_session *s, kvs_error *err)
 {
     const kvs_cache_meter m = *kvs_cache_meter_now(s->cache);
     const kvs_protect *p = &s->policy.protect;
-    const uint64_t least =
-        s->policy.ops->never_evicts ? 1 : (uint64_t)p->sinks + p->recent + 1 + s->probe.reserve_tokens;
+    const uint32_t sinks = kvs_policy_sinks(&s->policy);
+    const uint64_t least = s->policy.ops->never_evicts ? 1 : (uint64_t)sinks + p->recent + 1 + s->probe.reserve_tokens;
     if (m.budget_tokens < least)
         return kvs_error_set(
             err, KVS_EBUDGET,
             "budget of %llu tokens a head (%llu bytes) cannot hold what is protected (sinks %u, recent "
             "%u), %u rows of a probe and one token; it must be at least %llutok",
-            (unsigned long long)m.budget_tokens, (unsigned long long)m.budget_bytes, p->sinks, p->recent,
+            (unsigned long long)m.budget_tokens, (unsigned long long)m.budget_bytes, sinks, p->recent,
             s->probe.reserve_tokens, (unsigned long long)least);
     if (s->policy.schedule == KVS_SCHEDULE_TOKENS && s->policy.schedule_value > m.budget_tokens &&
         !s->policy.ops->never_evicts)
@@ -233,7 +231,13 @@ static void fork_state(const kvs_session *from, kvs_session *s)
 static bool fits_budget(const kvs_session *s)
 {
     const kvs_cache_meter *m = kvs_cache_meter_now(s->cache);
-    return kvs_cache_live_max(s->cache) <= m->budget_tokens && m->reserved_bytes + m->side_bytes <= m->budget_bytes;
+    /* Where heads differ a budget in tokens bounds their mean, as in kvs_cache_room; one in bytes bounds pages alone. */
+    const uint64_t n_heads = (uint64_t)s->model->info.n_layers * s->model->info.n_kv_heads;
+    const bool slots_fit = !kvs_policy_is_ragged(&s->policy) ? kvs_cache_live_max(s->cache) <= m->budget_tokens
+                           : s->options.budget_tokens != 0
+                               ? kvs_cache_live_total(s->cache) <= m->budget_tokens * n_heads
+                               : true;
+    return slots_fit && m->reserved_bytes + m->side_bytes <= m->budget_bytes;
 }
 
 /* A fork onto a smaller budget evicts at once. */

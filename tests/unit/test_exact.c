@@ -1,5 +1,5 @@
-/* Results that depend on how the work was cut: chunks, slices, batches, threads, forks, saves, instruction sets, or a
- * policy that had nothing to evict. All must agree to the last bit, after evictions too. */
+/* Results that depend on how the work was cut: chunks, slices, batches, threads, forks, saves, instruction sets. All must
+ * agree to the last bit, after evictions in every position mode too; test_properties.c asks it of every preset. */
 #include "session/session_internal.h"
 #include "unit/session_fixture.h"
 
@@ -322,40 +322,6 @@ static void fork_or_save_of_an_empty_session_fails(void **state)
     kvs_session_free(&loaded);
 }
 
-/* ---- policies that have nothing to do --------------------------------------------------------------------------- */
-
-static void policy_without_need_changes_results(void **state)
-{
-    (void)state;
-    static const char *const modes[] = {"rollback", "keep", "rerotate", "gapcap:4", "recompute"};
-    for (int a = 0; a < 2; a++) {
-        setting c = {.budget = BUDGET, .chunk = 128, .arith = ariths[a]};
-        reference(&c);
-        kvs_policy_info info;
-        for (uint32_t p = 0; kvs_policy_get_info(p, &info); p++)
-            for (uint32_t i = 0; i < 5; i++) {
-                if (i == 4 && strstr(info.stages, "(shared)") == NULL)
-                    continue; /* recompute wants one keep set for all heads */
-                if ((p + i + (uint32_t)a) % 5 > 1)
-                    continue; /* two modes a preset and arithmetic: no mode is asked before an eviction */
-                c.policy = info.name;
-                c.position = modes[i];
-                c.budget = i % 2 ? N : BUDGET; /* the tightest budget that holds all is enough */
-                if (strstr(info.stages, "probe=") != NULL)
-                    c.budget = 2 * BUDGET; /* room for the probe's rows is kept free */
-                kvs_session *s = open_session(model[2], &c);
-                run_rows(s, 0, N, 100, got);
-                kvs_usage u;
-                kvs_session_get_usage(s, &u);
-                kvs_session_free(&s);
-                if (u.n_evictions != 0)
-                    fail_msg("%s at %s, budget %u: %llu evictions", c.policy, c.position, c.budget,
-                             (unsigned long long)u.n_evictions);
-                check_same(&c, "budget", c.budget, 0);
-            }
-    }
-}
-
 /* ---- instruction sets ------------------------------------------------------------------------------------------- */
 
 static void result_depends_on_instruction_set(void **state)
@@ -404,10 +370,8 @@ static const char *const evicting[] = {
     "attention_top:acc=3,keep=0.9 +schedule=tokens:150",
     "random:keep=0.9 +schedule=every:37",
     "llama_context_shift:n_keep=8 +protect=none",
-    "g-kv:window=8",
     "critical-adakv:window=16",
     "obcache-vk +select=sentence:longest=12",
-    "dbudgetkv:threshold=0.2 +schedule=every:61",
 };
 enum { N_EVICTING = sizeof evicting / sizeof *evicting };
 
@@ -424,16 +388,16 @@ static bool possible(const setting *c)
     return ok;
 }
 
-/* A sanitizer looks for other faults than wrong bits, and takes ten times as long: every third policy will do. */
+/* Half of them in each mode, by turns. A sanitizer looks for other faults than wrong bits, and takes ten times as long. */
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-enum { EVICTING_STEP = 3 };
+enum { EVICTING_STEP = 4 };
 #else
-enum { EVICTING_STEP = 1 };
+enum { EVICTING_STEP = 2 };
 #endif
 
-static void check_evicting(const char *position, kvs_arith arith, kvs_kv_type kv)
+static void check_evicting(const char *position, uint32_t first, kvs_arith arith, kvs_kv_type kv)
 {
-    for (uint32_t p = 0; p < N_EVICTING; p += EVICTING_STEP) {
+    for (uint32_t p = first; p < N_EVICTING; p += EVICTING_STEP) {
         const setting c = {
             .policy = evicting[p], .position = position, .budget = SMALL, .chunk = CHUNK, .arith = arith, .kv = kv};
         if (!possible(&c)) { /* recompute for sets that differ between heads */
@@ -455,53 +419,32 @@ static void check_evicting(const char *position, kvs_arith arith, kvs_kv_type kv
 static void evictions_in_rollback_are_not_exact(void **state)
 {
     (void)state;
-    check_evicting("rollback", KVS_ARITH_NATIVE, KVS_KV_F16);
+    check_evicting("rollback", 0, KVS_ARITH_NATIVE, KVS_KV_F16);
 }
 
 static void evictions_in_keep_are_not_exact(void **state)
 {
     (void)state;
-    check_evicting("keep", KVS_ARITH_F32, KVS_KV_F16);
+    check_evicting("keep", 1, KVS_ARITH_F32, KVS_KV_F16);
 }
 
 static void evictions_in_rerotate_are_not_exact(void **state)
 {
     (void)state;
-    check_evicting("rerotate", KVS_ARITH_NATIVE, KVS_KV_F32);
-    check_evicting("rerotate", KVS_ARITH_F32, KVS_KV_F16);
+    check_evicting("rerotate", 0, KVS_ARITH_NATIVE, KVS_KV_F32);
+    check_evicting("rerotate", 1, KVS_ARITH_F32, KVS_KV_F16);
 }
 
 static void evictions_in_gapcap_are_not_exact(void **state)
 {
     (void)state;
-    check_evicting("gapcap:3", KVS_ARITH_F32, KVS_KV_F32);
+    check_evicting("gapcap:3", 0, KVS_ARITH_F32, KVS_KV_F32);
 }
 
 static void evictions_in_recompute_are_not_exact(void **state)
 {
     (void)state;
-    check_evicting("recompute", KVS_ARITH_NATIVE, KVS_KV_F16);
-}
-
-/* Policies that look at heads between evictions cut rows there: that must not show. */
-static void observations_are_not_exact(void **state)
-{
-    (void)state;
-    static const char *const observing[] = {
-        "compactor:chunk=48",
-        "non_causal_attention:chunk=40,keep=0.7 +schedule=every:40",
-        "expected_attention:epsilon=0.01 +budget=ada",
-        "qfilter +rescore=caote",
-    };
-    for (uint32_t p = 0; p < 4; p += EVICTING_STEP) {
-        const setting c = {.policy = observing[p], .budget = SMALL, .chunk = CHUNK, .arith = KVS_ARITH_F32};
-        reference(&c);
-        check_cut(&c, 2, 64);
-        check_cut(&c, p % 2 ? 3 : 1, p % 2 ? 23 : 1);
-        check_batches(&c, 2 + p % 3, 2 + p % 3);
-        check_fork(&c, FORK_AT);
-        check_save(&c, FORK_AT);
-    }
+    check_evicting("recompute", 1, KVS_ARITH_NATIVE, KVS_KV_F16);
 }
 
 /* The script checks before each decoded token: rows of an answer must be seen one by one wherever a call begins. */
@@ -710,24 +653,14 @@ static void damaged_save_is_loaded_or_harms(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(result_depends_on_chunk_or_threads),
-        cmocka_unit_test(masses_depend_on_chunk_or_threads),
-        cmocka_unit_test(result_depends_on_neighbours),
-        cmocka_unit_test(fork_or_save_changes_the_future),
-        cmocka_unit_test(fork_or_save_of_an_empty_session_fails),
-        cmocka_unit_test(policy_without_need_changes_results),
-        cmocka_unit_test(result_depends_on_instruction_set),
-        cmocka_unit_test(evictions_in_rollback_are_not_exact),
-        cmocka_unit_test(evictions_in_keep_are_not_exact),
-        cmocka_unit_test(evictions_in_rerotate_are_not_exact),
-        cmocka_unit_test(evictions_in_gapcap_are_not_exact),
-        cmocka_unit_test(evictions_in_recompute_are_not_exact),
-        cmocka_unit_test(observations_are_not_exact),
-        cmocka_unit_test(paper_compat_depends_on_slices),
-        cmocka_unit_test(layer_scope_lasts_one_eviction),
-        cmocka_unit_test(truncated_tokens_leave_a_trace),
-        cmocka_unit_test(truncation_goes_below_an_eviction),
-        cmocka_unit_test(step_needs_memory),
+        cmocka_unit_test(result_depends_on_chunk_or_threads),     cmocka_unit_test(masses_depend_on_chunk_or_threads),
+        cmocka_unit_test(result_depends_on_neighbours),           cmocka_unit_test(fork_or_save_changes_the_future),
+        cmocka_unit_test(fork_or_save_of_an_empty_session_fails), cmocka_unit_test(result_depends_on_instruction_set),
+        cmocka_unit_test(evictions_in_rollback_are_not_exact),    cmocka_unit_test(evictions_in_keep_are_not_exact),
+        cmocka_unit_test(evictions_in_rerotate_are_not_exact),    cmocka_unit_test(evictions_in_gapcap_are_not_exact),
+        cmocka_unit_test(evictions_in_recompute_are_not_exact),   cmocka_unit_test(paper_compat_depends_on_slices),
+        cmocka_unit_test(layer_scope_lasts_one_eviction),         cmocka_unit_test(truncated_tokens_leave_a_trace),
+        cmocka_unit_test(truncation_goes_below_an_eviction),      cmocka_unit_test(step_needs_memory),
         cmocka_unit_test(damaged_save_is_loaded_or_harms),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);

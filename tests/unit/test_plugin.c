@@ -385,7 +385,7 @@ static void what_is_allowed_works(void **state)
     run_of("fickle_score", newest);
     run_of("fickle_choose", other); /* a list of the newest is what selecting the newest gives */
     assert_int_equal(fx_differs(newest, other, N, TINY_VOCAB_MIN), N);
-    run_of("fickle_choose +budget=ada +position=rerotate", other);
+    run_of("fickle_choose +budget=pyramid +position=rerotate", other);
     run_of("my_policy:half=10", other);
     *fickle_how = FICKLE_ALL_NAN; /* nothing to tell slots apart: the newest */
     run_of("fickle_score", other);
