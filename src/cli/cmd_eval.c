@@ -23,6 +23,7 @@ typedef struct dumps {
     const char *keep_path;
     const kvs_model *m;
     const stream *x;
+    json_t *state; /* what on_end reads of the session */
     kvs_keep_report kept;
     uint32_t vocab_size;
     kvs_cli_progress progress;
@@ -203,6 +204,7 @@ static bool compare_heads(dumps *d, const kvs_session *s)
 static bool on_end(void *ctx, const kvs_session *s)
 {
     dumps *const d = ctx;
+    kvs_cli_set_ffn(d->state, s);
     if (!compare_heads(d, s))
         return false;
     if (d->keep_path == NULL)
@@ -270,6 +272,8 @@ static int print_table(json_t *o)
     const char *name;
     json_t *value;
     json_object_foreach (o, name, value) {
+        if (json_is_array(value))
+            continue; /* by layer: --json has it */
         printf("%-20s ", name);
         if (json_is_real(value))
             printf("%.6g\n", json_real_value(value));
@@ -318,6 +322,7 @@ static kvs_status evaluate(const kvs_cli_args *args, kvs_model *m, const kvs_mod
         }
         t.on_row = on_row;
     }
+    d.state = json_object();
     kvs_cli_progress_begin(&d.progress, "eval: tokens");
     kvs_status status = kvs_eval_teacher_force(m, &t, x->tokens, x->n_tokens, &r, err);
     kvs_cli_progress_end(&d.progress);
@@ -333,10 +338,12 @@ static kvs_status evaluate(const kvs_cli_args *args, kvs_model *m, const kvs_mod
     if (status == KVS_OK) {
         *results = json_object();
         set_results(*results, &r, &t, info);
+        json_object_update(*results, d.state);
         kvs_cli_set_real(*results, "head_consensus", d.kept.head_consensus);
         kvs_cli_set_real(*results, "ger", d.kept.ger);
         kvs_cli_set_real(*results, "ger_layer_max", d.kept.ger_layer_max);
     }
+    json_decref(d.state);
     kvs_keep_report_free(&d.kept);
     return status;
 }

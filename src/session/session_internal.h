@@ -7,6 +7,7 @@
 #include "cache/turns.h"
 #include "model/forward.h"
 #include "policy/policy.h"
+#include "session/ffn_skip.h"
 #include "session/observe.h"
 #include "session/probe.h"
 
@@ -73,6 +74,7 @@ struct kvs_session {
     kvs_evict_scratch scratch;
     kvs_turn_log turns; /* its memory is among scratch's bytes */
     kvs_query_log queries;
+    kvs_ffn_skip ffn;
     kvs_probe probe;
     int32_t probe_token;    /* what a lookahead begins with */
     const int32_t *pending; /* prompt tokens still to come in the call that is under way, or NULL */
@@ -99,6 +101,7 @@ typedef enum kvs_row_use {
     KVS_ROWS_SAID,      /* of the conversation: the query log takes them */
     KVS_ROWS_LOG,       /* of a probe, as the newest rows of the query log */
     KVS_ROWS_JUDGE,     /* of a probe, what they attend to */
+    KVS_ROWS_AGAIN,     /* the newest row of the conversation once more, as it was; nothing new is remembered */
 } kvs_row_use;
 
 /* attend.c: one session's share of a forward step. */

@@ -199,6 +199,8 @@ typedef struct step_rows {
     int32_t tokens[KVS_STEP_ROWS_MAX];
     kvs_attend_run runs[KVS_STEP_ROWS_MAX];
     uint32_t run_index[KVS_STEP_ROWS_MAX]; /* into the caller's array */
+    const kvs_ffn_rule *ffn[KVS_STEP_ROWS_MAX];
+    bool any_ffn;
     uint32_t n_runs, n_rows;
 } step_rows;
 
@@ -239,14 +241,26 @@ static void run_forward(kvs_forward *f, step_rows *rows, kvs_arith arith)
     kvs_attend_ctx ctx = {.runs = rows->runs, .n_runs = rows->n_runs};
     for (uint32_t i = 0; i < rows->n_runs; i++)
         ctx.judged |= rows->runs[i].use == KVS_ROWS_JUDGE;
-    kvs_forward_rows(f, arith, rows->tokens, rows->n_rows, kvs_attend, &ctx);
+    const kvs_forward_wishes wishes = {.ffn = rows->any_ffn ? rows->ffn : NULL};
+    kvs_forward_rows(f, arith, rows->tokens, rows->n_rows, kvs_attend, &ctx, &wishes);
+}
+
+/* Says one row's rule. */
+static void cover_row(step_rows *rows, uint32_t row, const kvs_ffn_rule *rule)
+{
+    rows->ffn[row] = rule;
+    rows->any_ffn |= rule != NULL;
 }
 
 kvs_status kvs_step_raw(kvs_session *s, kvs_forward *f, const int32_t *tokens, const uint8_t *flags, const int32_t *pos,
                         uint32_t n, kvs_row_use use, kvs_error *err)
 {
     static _Thread_local step_rows rows;
-    rows = (step_rows){.n_runs = 1, .n_rows = n};
+    rows.n_runs = 1;
+    rows.n_rows = n;
+    rows.any_ffn = false;
+    for (uint32_t r = 0; r < n; r++)
+        cover_row(&rows, r, use == KVS_ROWS_AGAIN ? kvs_ffn_skip_newest(&s->ffn) : NULL);
     memcpy(rows.tokens, tokens, n * sizeof *tokens);
     KVS_TRY(kvs_cache_append(s->cache, pos, tokens, flags, n, err));
     rows.runs[0] =
@@ -342,6 +356,8 @@ static kvs_status add_run(kvs_forward *f, step_rows *rows, kvs_run *run, uint32_
     r->use = s->queries.bytes != 0 ? KVS_ROWS_SAID : KVS_ROWS_ALONE;
     r->token_idx = s->n_tokens;
     memcpy(rows->tokens + rows->n_rows, run->tokens + at, n * sizeof *run->tokens);
+    for (uint32_t i = 0; i < n; i++)
+        cover_row(rows, rows->n_rows + i, kvs_ffn_skip_next(&s->ffn, flags == NULL ? 0 : flags[i]));
     kvs_turn_log_append(&s->turns, (int32_t)s->n_tokens, flags, n);
     s->n_tokens += n;
     kvs_query_log_advance(&s->queries, s->n_tokens, n);
@@ -367,6 +383,7 @@ static kvs_status step_locked(kvs_forward *f, kvs_run *runs, uint32_t n_runs, ui
     kvs_status first = KVS_OK;
     for (;;) {
         rows.n_runs = rows.n_rows = 0;
+        rows.any_ffn = false;
         for (uint32_t i = 0; i < n_runs && rows.n_rows < f->max_rows; i++) {
             if (runs[i].status != KVS_OK || at[i] == runs[i].n_tokens)
                 continue;
