@@ -155,7 +155,9 @@ const kvs_cli_option kvs_cli_options[] = {
     {"dump-logits", 0, KVS_CLI_FILE, AT(dump_logits), EVAL, "F.npy", "float32 [n_tokens][vocab] of the policy session",
      NULL, 0, 0},
     {"needle", 0, KVS_CLI_STRING, AT(needle), EVAL, "TEXT",
-     "a passage to ask about: ger says what share of it no head holds at the end", NULL, 0, 0},
+     "a passage to ask about: ger says what share of it no head holds at the end, utilisation what the answer's "
+     "attention gives it",
+     NULL, 0, 0},
     {"dump-keep", 0, KVS_CLI_FILE, AT(dump_keep), EVAL, "F.jsonl", "what every (layer, KV head) holds at the end", NULL,
      0, 0},
     {"kv-type", 0, KVS_CLI_CHOICE, AT(kv_type), SESSIONS | SPEED, "TYPE", "type of cached keys and values; default f16",

@@ -449,7 +449,7 @@ bool kvs_session_get_ffn(const kvs_session *s, uint32_t layer, kvs_ffn_layer *ou
     if (s->ffn.rule.counts == NULL || layer >= s->ffn.n_layers)
         return false;
     const kvs_ffn_count *c = &s->ffn.rule.counts[layer];
-    *out = (kvs_ffn_layer){c->n_run, c->n_skipped, c->n_run > 0 ? c->cosine_sum / (double)c->n_run : NAN};
+    *out = (kvs_ffn_layer){c->n_run, c->n_skipped, c->n_run > 0 ? c->cosine_sum / (double)c->n_run : (double)NAN};
     return true;
 }
 

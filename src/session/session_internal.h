@@ -10,6 +10,7 @@
 #include "session/ffn_skip.h"
 #include "session/observe.h"
 #include "session/probe.h"
+#include "session/watch.h"
 
 /* What one thread needs to look at one head; arrays that the policy does not ask for are NULL. */
 typedef struct kvs_view_scratch {
@@ -75,6 +76,7 @@ struct kvs_session {
     kvs_turn_log turns; /* its memory is among scratch's bytes */
     kvs_query_log queries;
     kvs_ffn_skip ffn;
+    kvs_watch *watch; /* borrowed, or NULL */
     kvs_probe probe;
     int32_t probe_token;    /* what a lookahead begins with */
     const int32_t *pending; /* prompt tokens still to come in the call that is under way, or NULL */
@@ -112,11 +114,13 @@ typedef struct kvs_attend_run {
     bool tap_reset;        /* the accumulators of the latest forward start anew */
     kvs_row_use use;
     uint64_t token_idx; /* of the first row */
+    kvs_watch *watch;   /* NULL: nobody looks on */
 } kvs_attend_run;
 typedef struct kvs_attend_ctx {
     const kvs_attend_run *runs;
     uint32_t n_runs;
-    bool judged; /* some run's rows judge slots */
+    bool judged;  /* some run's rows judge slots */
+    bool watched; /* some run has a watch */
 } kvs_attend_ctx;
 /* Bytes of scratch a thread needs for sessions whose heads have n_pages at most. */
 size_t kvs_attend_scratch_bytes(const kvs_model *m, uint32_t n_pages);

@@ -235,13 +235,30 @@ static void plan_tap(kvs_session *s, kvs_attend_run *r, const uint8_t *flags)
     s->forward_open = !answer;
 }
 
+/* Counts the rows that a run's watch takes; where its residual stream goes, if any is among them. */
+static bool tap_hidden(const kvs_attend_run *r, kvs_hidden_tap *tap)
+{
+    kvs_watch *w = r->watch;
+    const uint64_t end = r->token_idx + r->n_rows;
+    if (w == NULL || end <= w->options.from_answer)
+        return false;
+    w->n_answers += end - (r->token_idx > w->options.from_answer ? r->token_idx : w->options.from_answer);
+    *tap = (kvs_hidden_tap){.row = r->row0 + r->n_rows - 1, .out = w->hidden};
+    return true;
+}
+
 /* Runs the rows through all layers. All it works in was reserved when the sessions were created. */
 static void run_forward(kvs_forward *f, step_rows *rows, kvs_arith arith)
 {
     kvs_attend_ctx ctx = {.runs = rows->runs, .n_runs = rows->n_runs};
-    for (uint32_t i = 0; i < rows->n_runs; i++)
+    kvs_hidden_tap taps[KVS_STEP_ROWS_MAX];
+    uint32_t n_taps = 0;
+    for (uint32_t i = 0; i < rows->n_runs; i++) {
         ctx.judged |= rows->runs[i].use == KVS_ROWS_JUDGE;
-    const kvs_forward_wishes wishes = {.ffn = rows->any_ffn ? rows->ffn : NULL};
+        ctx.watched |= rows->runs[i].watch != NULL;
+        n_taps += tap_hidden(&rows->runs[i], &taps[n_taps]);
+    }
+    const kvs_forward_wishes wishes = {.ffn = rows->any_ffn ? rows->ffn : NULL, .taps = taps, .n_taps = n_taps};
     kvs_forward_rows(f, arith, rows->tokens, rows->n_rows, kvs_attend, &ctx, &wishes);
 }
 
@@ -355,6 +372,7 @@ static kvs_status add_run(kvs_forward *f, step_rows *rows, kvs_run *run, uint32_
     plan_tap(s, r, flags);
     r->use = s->queries.bytes != 0 ? KVS_ROWS_SAID : KVS_ROWS_ALONE;
     r->token_idx = s->n_tokens;
+    r->watch = s->watch;
     memcpy(rows->tokens + rows->n_rows, run->tokens + at, n * sizeof *run->tokens);
     for (uint32_t i = 0; i < n; i++)
         cover_row(rows, rows->n_rows + i, kvs_ffn_skip_next(&s->ffn, flags == NULL ? 0 : flags[i]));
