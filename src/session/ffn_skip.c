@@ -5,8 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Reconstructed: the paper's are not known. Four tokens are those that evictions keep as sinks; the cold layers are the
- * ones docs/ffn-skip.md measures to be far from saturated, as shares of the model's layers. */
+/* Reconstructed: the paper's are not known. Four tokens are those that evictions keep as sinks. Cold are the layers before
+ * and behind the rise of the cosine in docs/ffn-skip.md, as shares of the model's: the first third, the last fifteenth. */
 enum { WARMUP_TOKENS = 4, COLD_FIRST_OF = 3, COLD_LAST_OF = 15 };
 
 static bool read_uint(const char **text, uint32_t *out)
