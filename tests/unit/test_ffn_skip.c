@@ -1,5 +1,6 @@
 /* FFN-SkipLLM as an option: off and over 1 change no bit, a left-out block is a block of zeros, and nothing about batch,
  * threads, slices, forks, saves or truncation can be seen in what is left out. */
+#include "session/session_internal.h"
 #include "unit/session_fixture.h"
 
 #include <math.h>
@@ -260,6 +261,29 @@ static void evictions_and_probes_keep_it_independent_of_slices(void **state)
     kvs_model_close(&m);
 }
 
+/* A lookahead begins by running the newest token a second time, which writes its key anew. */
+static void a_token_run_again_goes_without_the_same_blocks(void **state)
+{
+    (void)state;
+    tiny_options o;
+    shape(&o);
+    kvs_model *m = fx_open(&o, 2, 0);
+    assert_non_null(m);
+    kvs_session *s = open_session(m, "threshold=0.0001,warmup=0,cold=1:1", "laq:keep=40tok +protect=recent:4", 2 * N);
+    run(s, said, N, got);
+    float before[2][KVS_HEAD_DIM_MAX], after[2][KVS_HEAD_DIM_MAX];
+    kvs_error err = {.message = ""};
+    kvs_cache_read_slot(s->cache, LAYERS - 1, 0, N - 1, before[0], before[1]);
+    assert_int_equal(kvs_session_evict(s, 0, &err), KVS_OK);
+    assert_int_equal(usage_of(s).n_slots_max, 40);
+    assert_int_equal(usage_of(s).n_ffn_skipped, 3 * (N + 1)); /* it was run again */
+    kvs_cache_read_slot(s->cache, LAYERS - 1, 0, 39, after[0], after[1]);
+    for (int kv = 0; kv < 2; kv++)
+        assert_memory_equal(before[kv], after[kv], o.head_dim * sizeof(float));
+    kvs_session_free(&s);
+    kvs_model_close(&m);
+}
+
 static void wrong_options_are_refused_by_name(void **state)
 {
     (void)state;
@@ -308,6 +332,7 @@ int main(void)
         cmocka_unit_test(batch_threads_and_slices_cannot_be_seen),
         cmocka_unit_test(forks_saves_and_truncation_keep_warm_up_and_option),
         cmocka_unit_test(evictions_and_probes_keep_it_independent_of_slices),
+        cmocka_unit_test(a_token_run_again_goes_without_the_same_blocks),
         cmocka_unit_test(wrong_options_are_refused_by_name),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
