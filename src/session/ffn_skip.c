@@ -42,6 +42,19 @@ static bool starts(const char **text, const char *word)
     return true;
 }
 
+/* The shortest digits that mean the same number. */
+static void write_text(kvs_ffn_skip *f, uint32_t first, uint32_t last)
+{
+    char threshold[32];
+    int digits = 1;
+    double read;
+    do {
+        snprintf(threshold, sizeof threshold, "%.*g", digits, f->rule.threshold);
+        read = strtod(threshold, NULL);
+    } while (digits++ < 17 && (read < f->rule.threshold || read > f->rule.threshold));
+    snprintf(f->text, sizeof f->text, "threshold=%s,warmup=%u,cold=%u:%u", threshold, f->warmup_tokens, first, last);
+}
+
 kvs_status kvs_ffn_skip_parse(const char *spec, uint32_t n_layers, kvs_ffn_skip *out, kvs_error *err)
 {
     *out = (kvs_ffn_skip){.n_layers = n_layers, .text = "off"};
@@ -71,8 +84,7 @@ kvs_status kvs_ffn_skip_parse(const char *spec, uint32_t n_layers, kvs_ffn_skip 
                              n_layers);
     out->rule.first = first;
     out->rule.end = n_layers - last;
-    snprintf(out->text, sizeof out->text, "threshold=%.17g,warmup=%u,cold=%u:%u", out->rule.threshold,
-             out->warmup_tokens, first, last);
+    write_text(out, first, last);
     return KVS_OK;
 }
 

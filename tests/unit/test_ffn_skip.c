@@ -318,8 +318,8 @@ static void wrong_options_are_refused_by_name(void **state)
         if (s != NULL || strstr(err.message, bad[i].says) == NULL)
             fail_msg("'%s' is refused with: %s", bad[i].spec, err.message);
     }
-    kvs_session *s = open_session(m, "cold=2:1,warmup=0,threshold=0.5", NULL, N);
-    assert_string_equal(kvs_session_ffn_skip(s), "threshold=0.5,warmup=0,cold=2:1");
+    kvs_session *s = open_session(m, "cold=2:1,warmup=0,threshold=0.98", NULL, N);
+    assert_string_equal(kvs_session_ffn_skip(s), "threshold=0.98,warmup=0,cold=2:1");
     kvs_session_free(&s);
     kvs_model_close(&m);
 }
