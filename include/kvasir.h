@@ -162,6 +162,8 @@ typedef struct kvs_session_options {
     uint32_t chunk_tokens; /* rows of one forward step at most; 0: 256 */
     bool prefill_full;     /* a prompt is prefilled whole before any eviction; refused if the budget is smaller */
     bool paper_compat;     /* the published script's traits, bugs included (docs/paper.md) */
+    const char *ffn_skip;  /* "threshold=0.99,warmup=4,cold=10:2": feed-forward blocks that decoded tokens go without
+                              (docs/ffn-skip.md); "off"; NULL: off, in a fork as its parent's */
     uint64_t seed;
     const kvs_allocator *allocator; /* NULL: the model's */
 } kvs_session_options;
@@ -239,9 +241,20 @@ typedef struct kvs_usage {
     double n_slots_mean;
     uint64_t n_evictions, n_slots_evicted;           /* events; slots over all heads */
     uint64_t evict_ns, score_ns, select_ns, move_ns; /* time of eviction in all and its parts */
+    uint64_t n_ffn_blocks, n_ffn_skipped; /* of tokens under ffn_skip's rule: in all, and those left out; 0 while off */
     double footprint; /* sum over tokens of live slots, as a share of the full cache's (arXiv 2506.17121) */
 } kvs_usage;
 KVS_API void kvs_session_get_usage(const kvs_session *s, kvs_usage *usage);
+
+/* What one layer's feed-forward block did with the tokens under ffn_skip's rule. */
+typedef struct kvs_ffn_layer {
+    uint64_t n_run, n_skipped;
+    double cosine; /* mean over n_run of that between the residual stream before and after; NaN without any */
+} kvs_ffn_layer;
+/* The option as parsed, with every value; "off". Owned by the session. */
+KVS_API const char *kvs_session_ffn_skip(const kvs_session *s);
+/* false while ffn_skip is off, and for a layer the model has not. */
+KVS_API bool kvs_session_get_ffn(const kvs_session *s, uint32_t layer, kvs_ffn_layer *out);
 
 /* Position indices of the state the next query will meet (docs/metrics.md): means over (layer, KV head). */
 typedef struct kvs_positions {

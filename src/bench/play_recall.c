@@ -3,7 +3,9 @@
  * never evicts, so that asking changes nothing; the recorded answer is read on afterwards. */
 #include "bench/play.h"
 
+#include "eval/keep_sets.h"
 #include "eval/recall.h"
+#include "eval/routing.h"
 #include "model/model.h"
 #include "policy/policy.h"
 
@@ -113,6 +115,8 @@ typedef struct recaller {
     const kvs_bench_run_spec *spec;
     kvs_session *session; /* NULL: nothing can have been evicted yet, the reference stands for it */
     kvs_session *probe;
+    kvs_watch *watch;    /* of the probe while it reads the answer's beginning */
+    kvs_routing routing; /* what it saw */
     const struct recall_state *state;
     double logprob[CANDIDATES_MAX];
     uint32_t candidate; /* whose tail is being read */
@@ -130,6 +134,7 @@ typedef struct recall_state {
     int32_t *tail[CANDIDATES_MAX]; /* tokens in which the candidate's answer differs from the answer's beginning */
     uint32_t n_tail[CANDIDATES_MAX], n_candidates, context_end;
     uint32_t told_begin, told_end; /* tokens of the gold value where it was told */
+    int32_t *told;                 /* the same one by one */
     json_t *rows;
 } recall_state;
 
@@ -415,6 +420,29 @@ static kvs_status step_probes(recall_state *s, uint32_t candidate, batch *b, kvs
     return step_together(s, b, err);
 }
 
+/* The answer's beginning is watched: what of its attention goes to the told value, and where its last row ends up. */
+static kvs_status open_watch(const recall_state *s, recaller *r, kvs_error *err)
+{
+    const uint32_t answer = s->script->turns[s->turn].answer;
+    const kvs_watch_options o = {
+        .tokens = s->told, .n_tokens = s->told_end - s->told_begin, .from_query = answer, .from_answer = answer};
+    KVS_TRY(kvs_watch_create(r->probe, &o, &r->watch, err));
+    kvs_session_watch(r->probe, r->watch);
+    return KVS_OK;
+}
+
+static kvs_status read_watches(recall_state *s, kvs_error *err)
+{
+    for (uint32_t i = 0; i < s->p->n_runs; i++) {
+        recaller *r = &s->recallers[i];
+        if (r->watch == NULL || r->failed != KVS_OK)
+            continue;
+        kvs_session_watch(r->probe, NULL);
+        KVS_TRY(kvs_routing_make(r->probe, r->watch, s->recallers[0].watch, &r->routing, err));
+    }
+    return KVS_OK;
+}
+
 static kvs_status score(recall_state *s, batch *b, kvs_error *err)
 {
     for (uint32_t i = 0; i < s->p->n_runs; i++) {
@@ -422,11 +450,14 @@ static kvs_status score(recall_state *s, batch *b, kvs_error *err)
         kvs_error e;
         if ((i > 0 && r->session == NULL) || r->failed != KVS_OK)
             continue;
-        const kvs_status status = open_probe(s, r, &e);
+        kvs_status status = open_probe(s, r, &e);
+        if (status == KVS_OK)
+            status = open_watch(s, r, &e);
         if (status != KVS_OK)
             fail(r, status, &e);
     }
     KVS_TRY(step_probes(s, UINT32_MAX, b, err));
+    KVS_TRY(read_watches(s, err));
     for (uint32_t c = 0; c < s->n_candidates; c++) {
         if (s->n_tail[c] == 1)
             continue;
@@ -486,6 +517,20 @@ static void survival_of(const recall_state *s, const kvs_session *session, doubl
     free(pos);
 }
 
+/* docs/metrics.md, "Diagnostics". */
+static void record_diagnostics(json_t *row, const recall_state *s, const recaller *from, bool ok)
+{
+    kvs_keep_report kept = {.head_consensus = NAN};
+    const kvs_session *session = from == &s->recallers[0] ? s->trunk[0] : from->session;
+    if (ok && kvs_keep_report_make(s->p->model, session, s->told, s->told_end - s->told_begin, &kept, NULL) != KVS_OK)
+        kept.head_consensus = NAN;
+    json_object_set_new(row, "head_consensus", kvs_json_real(kept.head_consensus));
+    json_object_set_new(row, "utilisation", kvs_json_real(ok ? from->routing.utilisation : NAN));
+    json_object_set_new(row, "drift", kvs_json_real(ok ? from->routing.drift : NAN));
+    json_object_set_new(row, "key_channels_90", kvs_json_real(ok ? from->routing.key_channels_90 : NAN));
+    kvs_keep_report_free(&kept);
+}
+
 static void record_score(json_t *row, const recall_state *s, const recaller *r, const kvs_dialogue_fact *fact)
 {
     kvs_choice choice;
@@ -509,6 +554,7 @@ static void record_score(json_t *row, const recall_state *s, const recaller *r, 
     json_object_set_new(row, "gold_logprob", kvs_json_real(ok ? choice.gold_logprob : NAN));
     json_object_set_new(row, "survival", kvs_json_real(survival));
     json_object_set_new(row, "erased", kvs_json_real(erased));
+    record_diagnostics(row, s, from, ok);
     const char *failure = r->failed != KVS_OK ? r->failure : ok ? NULL : e.message;
     json_object_set_new(row, "failure", failure == NULL ? json_null() : json_string(failure));
 }
@@ -538,23 +584,44 @@ static void record(recall_state *s, uint32_t question, const kvs_dialogue_fact *
 
 /* ---- play ---- */
 
+static kvs_status list_told(recall_state *s, kvs_error *err)
+{
+    const uint32_t n = s->told_end - s->told_begin;
+    s->told = calloc(n + 1, sizeof *s->told);
+    for (uint32_t i = 0; s->told != NULL && i < n; i++)
+        s->told[i] = (int32_t)(s->told_begin + i);
+    return s->told != NULL ? KVS_OK : kvs_error_set(err, KVS_ENOMEM, "no memory for a fact of %u tokens", n);
+}
+
+static void end_question(recall_state *s)
+{
+    for (uint32_t i = 0; i < s->p->n_runs; i++) {
+        recaller *r = &s->recallers[i];
+        kvs_session_free(&r->probe);
+        kvs_watch_free(&r->watch);
+        kvs_routing_free(&r->routing);
+    }
+    free(s->told);
+    s->told = NULL;
+    free_candidates(s);
+}
+
 static kvs_status ask(recall_state *s, uint32_t question, kvs_error *err)
 {
     const kvs_dialogue_fact *fact = &s->script->dialogue->facts[question];
+    find_told(s, fact);
     batch b;
     kvs_status status = batch_new(s, &b, err);
     if (status == KVS_OK)
         status = make_candidates(s, fact, err);
     if (status == KVS_OK)
+        status = list_told(s, err);
+    if (status == KVS_OK)
         status = score(s, &b, err);
-    for (uint32_t i = 0; i < s->p->n_runs; i++)
-        kvs_session_free(&s->recallers[i].probe);
     batch_free(&b);
-    if (status == KVS_OK) {
-        find_told(s, fact);
+    if (status == KVS_OK)
         record(s, question, fact);
-    }
-    free_candidates(s);
+    end_question(s);
     return status;
 }
 

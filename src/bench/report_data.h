@@ -19,6 +19,7 @@ enum {
     KVS_REPORT_TURN_NUMBERS = 47,    /* numeric columns of turns.jsonl that are averaged */
     KVS_REPORT_EVENT_NUMBERS = 14,   /* numeric columns of events.jsonl that are averaged */
     KVS_REPORT_EVENTS_KEPT = 128,    /* events of a run listed one by one; beyond it every second is dropped */
+    KVS_REPORT_DIAGNOSTICS = 5,      /* numbers of recall.jsonl about what an answer can reach and uses */
     KVS_REPORT_PLACES = 3,           /* where a planted fact was told: early, middle, late */
     KVS_REPORT_DRAWS = 2000,         /* bootstrap draws behind every interval of the page; claims bring their own */
     KVS_REPORT_DRAWS_SERIES = 500,   /* per turn, bin or run: hundreds of intervals, drawn as bands */
@@ -28,6 +29,7 @@ extern const char *const kvs_report_summary_names[KVS_REPORT_SUMMARY_NUMBERS];
 extern const char *const kvs_report_turn_names[KVS_REPORT_TURN_NUMBERS];
 extern const char *const kvs_report_event_names[KVS_REPORT_EVENT_NUMBERS];
 extern const char *const kvs_report_place_names[KVS_REPORT_PLACES];
+extern const char *const kvs_report_diagnostic_names[KVS_REPORT_DIAGNOSTICS];
 
 /* Sum, count and extremes of the values that were not null. */
 typedef struct kvs_report_sum {
@@ -50,8 +52,9 @@ typedef struct kvs_report_turn {
 typedef struct kvs_report_answer {
     uint32_t run, dialogue, question; /* dialogue: index in the manifest's recall_dialogues */
     uint32_t place, n_candidates;
-    double lag_tokens, survival; /* survival NaN: null */
-    int8_t right, full_right;    /* of the run; of the full cache, same question */
+    double lag_tokens, survival;                /* survival NaN: null */
+    double diagnostics[KVS_REPORT_DIAGNOSTICS]; /* NaN: null, or of a folder written before there were any */
+    int8_t right, full_right;                   /* of the run; of the full cache, same question */
 } kvs_report_answer;
 
 typedef struct kvs_report_failure {
@@ -129,6 +132,7 @@ typedef struct kvs_report_recall {
     uint32_t n_asked, n_answered, n_right;
     uint32_t n_paired, n_full_right, n_lost, n_won; /* among questions that the full cache answered too */
     double survival;                                /* mean share of the told value's tokens still held; NaN: none */
+    double diagnostics[KVS_REPORT_DIAGNOSTICS];     /* means over questions; NaN: none */
 } kvs_report_recall;
 /* false: no memory. n_asked is 0 for a run without rows. */
 bool kvs_report_recall_of(const kvs_report *r, uint32_t run, kvs_report_recall *out);

@@ -74,6 +74,22 @@ static void count_answer(const kvs_report_answer *a, kvs_report_recall *out)
     out->n_won += a->full_right == 0 && a->right == 1;
 }
 
+static void mean_diagnostics(const kvs_report *r, uint32_t run, double *out)
+{
+    for (uint32_t d = 0; d < KVS_REPORT_DIAGNOSTICS; d++) {
+        double sum = 0;
+        uint32_t n = 0;
+        for (size_t i = 0; i < r->n_answers; i++) {
+            const kvs_report_answer *a = &r->answers[i];
+            if (a->run != run || isnan(a->diagnostics[d]))
+                continue;
+            sum += a->diagnostics[d];
+            n++;
+        }
+        out[d] = n > 0 ? sum / n : NAN;
+    }
+}
+
 bool kvs_report_recall_of(const kvs_report *r, uint32_t run, kvs_report_recall *out)
 {
     memset(out, 0, sizeof *out);
@@ -96,6 +112,7 @@ bool kvs_report_recall_of(const kvs_report *r, uint32_t run, kvs_report_recall *
         n += answered[n] > 0;
     }
     out->survival = n_survival > 0 ? survival / n_survival : NAN;
+    mean_diagnostics(r, run, out->diagnostics);
     const bool good = rate_of(r, right, answered, n, out);
     free(right);
     return good;
@@ -195,6 +212,10 @@ static json_t *recall_of_run(const kvs_report *r, uint32_t run, const uint32_t *
     put(o, "lost", json_integer(s.n_lost), bad);
     put(o, "won", json_integer(s.n_won), bad);
     put(o, "survival", num_short(s.survival), bad);
+    json_t *diagnostics = json_object();
+    for (uint32_t d = 0; d < KVS_REPORT_DIAGNOSTICS; d++)
+        put(diagnostics, kvs_report_diagnostic_names[d], num_short(s.diagnostics[d]), bad);
+    put(o, "diagnostics", diagnostics, bad);
     put(o, "failure", r->runs[run].recall_failure[0] != '\0' ? json_string(r->runs[run].recall_failure) : json_null(),
         bad);
     put(o, "cells", list, bad);

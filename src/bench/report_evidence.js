@@ -131,6 +131,19 @@ function recallGuard(R, full) {
     : el('p', { class: 'guard' }, verdictIcon('PASS'), el('span', {}, el('b', {}, 'The guard holds. '), `The full cache answers ${outOf(full.right, full.answered)} (${percent(full.rate[0])}), at least ${percent(R.guard)}: a miss can be the policy\u2019s.`));
 }
 
+/* What an answer could reach, and what it used: means over the questions. Folders from before there were such numbers
+ * have none. */
+function diagnostics(R, list) {
+  const all = r => R.runs[r.i].diagnostics || {}, full = R.full === null ? {} : R.runs[R.full].diagnostics || {};
+  const rows = list.filter(r => known(all(r).drift));
+  if (!rows.length) return null;
+  const s = (name, unit, key, scale) => ({ name, unit, get: r => ({ v: known(all(r)[key]) ? all(r)[key] * (scale || 1) : null }) });
+  return el('div', {}, el('h3', {}, 'Reach and use of the fact'),
+    table(rows, [policyColumn, modeColumn, budgetColumn, s('erased', '% of the fact, in no head', 'erased', 100), s('consensus', 'of heads', 'head_consensus'), s('utilisation', '% of the answer\u2019s attention', 'utilisation', 100),
+      s('drift', '1 \u2212 cos to full', 'drift'), s('key channels', '% carry 90 %', 'key_channels_90', 100)], { column: 6 }),
+    foot(`Means over questions, read while the answer\u2019s beginning runs (docs/metrics.md, Diagnostics). Utilisation: attention that goes to the told value\u2019s tokens, over layers, heads and rows; the full cache gives ${known(full.utilisation) ? fmt(100 * full.utilisation) + ' %' : 'no number'}. Drift: how far the hidden state at the answer stands from the full cache\u2019s, mean over layers. A fact that is held and not used is no loss of the cache. Key channels: the share that carries nine tenths of the queries\u2019 score.`));
+}
+
 function recall() {
   const R = D.recall;
   if (!R) return; /* a run without planted facts */
@@ -157,7 +170,8 @@ function recall() {
   card('recall', 'Recall of planted facts', `${count(R.n_questions, 'question')} in ${count(R.n_dialogues, 'dialogue')}, asked after the conversation has passed the trigger. The right value and values told of other things are scored as the answer; a hit is the right one ranked first.`,
     recallGuard(R, full), legend, box,
     foot(`Bars: ${each}. Solid line: the full cache on the same questions; dotted: chance, one over the number of values; dashed: what A_full must reach. Held: share of the told value\u2019s tokens that are still in the cache, over layers and heads; a miss with everything held is not a missing token. ` +
-      (missing.length ? `${count(missing.reduce((n, r) => n + R.runs[r.i].asked - R.runs[r.i].answered, 0), 'answer')} of ${count(missing.length, 'run')} have no result (${cut(R.runs[missing[0].i].failure || 'no reason', 90)}) and count neither as hit nor as miss. ` : '') + 'recall.jsonl has every question.'))
+      (missing.length ? `${count(missing.reduce((n, r) => n + R.runs[r.i].asked - R.runs[r.i].answered, 0), 'answer')} of ${count(missing.length, 'run')} have no result (${cut(R.runs[missing[0].i].failure || 'no reason', 90)}) and count neither as hit nor as miss. ` : '') + 'recall.jsonl has every question.'),
+    diagnostics(R, list))
     .classList.add('long');
 }
 

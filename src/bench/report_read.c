@@ -98,6 +98,8 @@ const char *const kvs_report_event_names[KVS_REPORT_EVENT_NUMBERS] = {
 };
 
 const char *const kvs_report_place_names[KVS_REPORT_PLACES] = {"early", "middle", "late"};
+const char *const kvs_report_diagnostic_names[KVS_REPORT_DIAGNOSTICS] = {"erased", "head_consensus", "utilisation",
+                                                                         "drift", "key_channels_90"};
 
 /* ---- small things ---- */
 
@@ -566,6 +568,8 @@ static kvs_status take_answer(kvs_report *r, place at, const json_t *v, kvs_erro
         return kvs_error_set(err, KVS_EFORMAT, "%s line %zu: place '%.40s' must be early, middle or late", at.file,
                              at.line, told == NULL ? "" : told);
     a->survival = number_at(v, "survival");
+    for (uint32_t d = 0; d < KVS_REPORT_DIAGNOSTICS; d++)
+        a->diagnostics[d] = number_at(v, kvs_report_diagnostic_names[d]);
     const json_t *correct = json_object_get(v, "correct");
     if (json_is_boolean(correct))
         a->right = json_is_true(correct) ? 1 : 0;

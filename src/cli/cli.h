@@ -39,7 +39,7 @@ typedef struct kvs_cli_args {
     uint64_t given; /* bit i: option i of the table was on the command line */
     bool help, json;
     /* model and session */
-    const char *model, *prefill, *kv_type, *arith, *cpu_mask, *template_name, *policy_plugin;
+    const char *model, *prefill, *ffn_skip, *kv_type, *arith, *cpu_mask, *template_name, *policy_plugin;
     kvs_cli_list policies, budgets, positions;
     uint64_t seed;
     uint32_t threads;
@@ -202,9 +202,12 @@ void kvs_cli_print_health(const kvs_session *s, FILE *out);
 /* The contract's JSON names for the state of a session: n_kept_mean to health, then the position indices. */
 void kvs_cli_set_state(json_t *object, const kvs_usage *u, const kvs_positions *p, const kvs_health *h);
 
+/* What --ffn-skip did, in all and by layer; nothing while it is off. */
+void kvs_cli_set_ffn(json_t *object, const kvs_session *s);
+
 /* saved_session.c: a session with what is needed to open it again. */
 typedef struct kvs_cli_snapshot {
-    char policy[512], position[32], model_sha256[65];
+    char policy[512], position[32], model_sha256[65], ffn_skip[96]; /* the last empty in files before there was one */
     kvs_cli_size budget;
     bool kv_f32, arith_f32, prefill_full, paper_compat;
     uint64_t seed, n_tokens;

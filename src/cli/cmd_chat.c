@@ -248,6 +248,7 @@ static kvs_status load(chat *c, const char *path, kvs_error *err)
     KVS_TRY(kvs_cli_snapshot_load(path, c->m, &head, &opt, &loaded, err));
     kvs_session_free(&c->s);
     c->s = loaded;
+    opt.ffn_skip = NULL; /* head's text ends here; the session has its own, and so have its forks */
     adopt(c, &opt);
     free(c->last_user);
     c->last_user = NULL;
@@ -414,7 +415,9 @@ static kvs_status open_named(chat *c, const kvs_session_options *wanted, kvs_err
     }
     if (kvs_cli_given(args, "seed"))
         opt.seed = wanted->seed;
-    if (args->policies.n + args->positions.n + args->budgets.n > 0 || kvs_cli_given(args, "seed"))
+    opt.ffn_skip = wanted->ffn_skip;
+    if (args->policies.n + args->positions.n + args->budgets.n > 0 || kvs_cli_given(args, "seed") ||
+        opt.ffn_skip != NULL)
         KVS_TRY(fork_onto(c, &opt, err));
     say(c, "session %s: %llu tokens so far", args->session, (unsigned long long)kvs_session_n_tokens(c->s));
     return KVS_OK;

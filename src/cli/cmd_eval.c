@@ -23,7 +23,11 @@ typedef struct dumps {
     const char *keep_path;
     const kvs_model *m;
     const stream *x;
+    json_t *state; /* what on_end reads of the session */
+    int32_t *fact; /* tokens that --needle found */
+    uint32_t n_fact;
     kvs_keep_report kept;
+    kvs_routing routing;
     uint32_t vocab_size;
     kvs_cli_progress progress;
     kvs_error err;
@@ -185,25 +189,36 @@ static bool print_numbers(FILE *f, const char *name, const int32_t *x, uint32_t 
     return good && fputc(']', f) != EOF;
 }
 
-static bool compare_heads(dumps *d, const kvs_session *s)
+static kvs_status list_fact(dumps *d, kvs_error *err)
 {
     const stream *const x = d->x;
-    int32_t *const needles = calloc((size_t)x->n_tokens + 1, sizeof *needles);
-    uint32_t n = 0;
-    for (uint32_t i = 0; needles != NULL && x->flags != NULL && i < x->n_tokens; i++)
+    d->fact = calloc((size_t)x->n_tokens + 1, sizeof *d->fact);
+    if (d->fact == NULL)
+        return kvs_error_set(err, KVS_ENOMEM, "no memory for %u tokens", x->n_tokens);
+    for (uint32_t i = 0; x->flags != NULL && i < x->n_tokens; i++)
         if (x->flags[i] & KVS_TOKEN_NEEDLE)
-            needles[n++] = (int32_t)i;
-    const kvs_status status = needles == NULL
-                                  ? kvs_error_set(&d->err, KVS_ENOMEM, "no memory for %u tokens", x->n_tokens)
-                                  : kvs_keep_report_make(d->m, s, needles, n, &d->kept, &d->err);
-    free(needles);
-    return status == KVS_OK;
+            d->fact[d->n_fact++] = (int32_t)i;
+    return KVS_OK;
+}
+
+/* Where the answer begins: a dialogue's last one, without the template's words; a text ends with its answer position. */
+static uint32_t answer_from(const stream *x)
+{
+    const uint8_t said = KVS_TOKEN_ASSISTANT, mask = KVS_TOKEN_ASSISTANT | KVS_TOKEN_TEMPLATE;
+    uint32_t end = x->turns != NULL ? x->n_tokens : 0;
+    while (end > 0 && (x->flags[end - 1] & mask) != said)
+        end--;
+    uint32_t begin = end;
+    while (begin > 0 && (x->flags[begin - 1] & mask) == said)
+        begin--;
+    return end > 0 ? begin : x->n_tokens - 1;
 }
 
 static bool on_end(void *ctx, const kvs_session *s)
 {
     dumps *const d = ctx;
-    if (!compare_heads(d, s))
+    kvs_cli_set_ffn(d->state, s);
+    if (kvs_keep_report_make(d->m, s, d->fact, d->n_fact, &d->kept, &d->err) != KVS_OK)
         return false;
     if (d->keep_path == NULL)
         return true;
@@ -265,11 +280,44 @@ static void set_results(json_t *o, const kvs_teacher_result *r, const kvs_teache
     kvs_cli_set_text(o, "isa", info->isa);
 }
 
+static void set_list(json_t *o, const char *name, const double *x, uint32_t n)
+{
+    json_t *const list = json_array();
+    for (uint32_t i = 0; i < n; i++)
+        json_array_append_new(list, isfinite(x[i]) ? json_real(x[i]) : json_null());
+    json_object_set_new(o, name, list);
+}
+
+/* docs/metrics.md, "Diagnostics". */
+static void set_diagnostics(json_t *o, const kvs_keep_report *k, const kvs_routing *r)
+{
+    const uint32_t n = k->n_layers;
+    kvs_cli_set_real(o, "head_consensus", k->head_consensus);
+    kvs_cli_set_real(o, "ger", k->ger);
+    kvs_cli_set_real(o, "ger_layer_max", k->ger_layer_max);
+    kvs_cli_set_real(o, "utilisation", r->utilisation);
+    kvs_cli_set_real(o, "utilisation_full", r->ref_utilisation);
+    kvs_cli_set_real(o, "drift", r->drift);
+    kvs_cli_set_real(o, "drift_last", r->drift_last);
+    kvs_cli_set_real(o, "key_channels_50", r->key_channels_50);
+    kvs_cli_set_real(o, "key_channels_90", r->key_channels_90);
+    kvs_cli_set_real(o, "key_channels_90_min", r->key_channels_min);
+    kvs_cli_set_real(o, "key_channels_90_max", r->key_channels_max);
+    set_list(o, "head_consensus_layers", k->consensus, n);
+    set_list(o, "ger_layers", k->ger_l, n);
+    set_list(o, "utilisation_layers", r->utilisation_l, n);
+    set_list(o, "utilisation_full_layers", r->ref_utilisation_l, n);
+    set_list(o, "drift_layers", r->drift_l, n);
+    set_list(o, "key_channels_90_heads", r->key_channels_lh, n * r->n_kv_heads);
+}
+
 static int print_table(json_t *o)
 {
     const char *name;
     json_t *value;
     json_object_foreach (o, name, value) {
+        if (json_is_array(value))
+            continue; /* by layer: --json has it */
         printf("%-20s ", name);
         if (json_is_real(value))
             printf("%.6g\n", json_real_value(value));
@@ -306,6 +354,11 @@ static kvs_status evaluate(const kvs_cli_args *args, kvs_model *m, const kvs_mod
     dumps d = {.keep_path = args->dump_keep, .m = m, .x = x, .vocab_size = info->vocab_size};
     choose(args, info, x, &t);
     t.on_end = on_end;
+    t.routing = &d.routing;
+    KVS_TRY(list_fact(&d, err));
+    t.fact = d.fact;
+    t.n_fact = d.n_fact;
+    t.answer_from = answer_from(x);
     t.on_progress = on_progress;
     t.ctx = &d;
     if (args->dump_logits != NULL) {
@@ -314,10 +367,12 @@ static kvs_status evaluate(const kvs_cli_args *args, kvs_model *m, const kvs_mod
             kvs_error_set(err, KVS_EIO, "--dump-logits: cannot write %s: %s", args->dump_logits, strerror(errno));
             if (d.logits != NULL)
                 fclose(d.logits);
+            free(d.fact);
             return KVS_EIO;
         }
         t.on_row = on_row;
     }
+    d.state = json_object();
     kvs_cli_progress_begin(&d.progress, "eval: tokens");
     kvs_status status = kvs_eval_teacher_force(m, &t, x->tokens, x->n_tokens, &r, err);
     kvs_cli_progress_end(&d.progress);
@@ -333,11 +388,13 @@ static kvs_status evaluate(const kvs_cli_args *args, kvs_model *m, const kvs_mod
     if (status == KVS_OK) {
         *results = json_object();
         set_results(*results, &r, &t, info);
-        kvs_cli_set_real(*results, "head_consensus", d.kept.head_consensus);
-        kvs_cli_set_real(*results, "ger", d.kept.ger);
-        kvs_cli_set_real(*results, "ger_layer_max", d.kept.ger_layer_max);
+        json_object_update(*results, d.state);
+        set_diagnostics(*results, &d.kept, &d.routing);
     }
+    json_decref(d.state);
     kvs_keep_report_free(&d.kept);
+    kvs_routing_free(&d.routing);
+    free(d.fact);
     return status;
 }
 

@@ -100,6 +100,7 @@ static int print_result(const kvs_cli_args *args, const kvs_model *m, const kvs_
     kvs_cli_set_real(o, "prefill_tok_per_s", g->n_prompt_tokens / (g->prefill_ms * 1e-3));
     kvs_cli_set_real(o, "decode_tok_per_s", n_decoded / decode_s);
     kvs_cli_set_state(o, &u, &p, &h);
+    kvs_cli_set_ffn(o, s);
     kvs_cli_set_text(o, "policy", kvs_session_policy(s));
     kvs_cli_set_text(o, "position", kvs_position_name(kvs_session_position(s)));
     kvs_cli_set_text(o, "model", info.path);

@@ -202,6 +202,7 @@ void kvs_cli_session_options(const kvs_cli_args *args, kvs_arith default_arith, 
         opt->arith = strcmp(args->arith, "f32") == 0 ? KVS_ARITH_F32 : KVS_ARITH_NATIVE;
     opt->prefill_full = args->prefill != NULL && strcmp(args->prefill, "full") == 0;
     opt->paper_compat = args->paper_compat;
+    opt->ffn_skip = args->ffn_skip;
     opt->seed = args->seed;
 }
 

@@ -144,6 +144,10 @@ const kvs_cli_option kvs_cli_options[] = {
      "rollback, keep, rerotate, gapcap:G or recompute; default the policy's own", position_choices, 0, 0},
     {"prefill", 0, KVS_CLI_CHOICE, AT(prefill), RUN | CHAT | EVAL, "HOW",
      "chunked evicts between chunks of a prompt, full only after it; default chunked", prefill_choices, 0, 0},
+    {"ffn-skip", 0, KVS_CLI_STRING, AT(ffn_skip), RUN | CHAT | EVAL, "SPEC",
+     "decoded tokens go without feed-forward blocks that change little: threshold=S,warmup=TOKENS,cold=FIRST:LAST "
+     "(docs/ffn-skip.md); default off",
+     NULL, 0, 0},
     {"ref", 0, KVS_CLI_CHOICE, AT(ref), EVAL, "WHICH", "reference: full cache, fresh window, or none", ref_choices, 0,
      0},
     {"ref-window", 0, KVS_CLI_U32, AT(ref_window), EVAL, "N", "tokens of the window reference; default the model's",
@@ -151,7 +155,9 @@ const kvs_cli_option kvs_cli_options[] = {
     {"dump-logits", 0, KVS_CLI_FILE, AT(dump_logits), EVAL, "F.npy", "float32 [n_tokens][vocab] of the policy session",
      NULL, 0, 0},
     {"needle", 0, KVS_CLI_STRING, AT(needle), EVAL, "TEXT",
-     "a passage to ask about: ger says what share of it no head holds at the end", NULL, 0, 0},
+     "a passage to ask about: ger says what share of it no head holds at the end, utilisation what the answer's "
+     "attention gives it",
+     NULL, 0, 0},
     {"dump-keep", 0, KVS_CLI_FILE, AT(dump_keep), EVAL, "F.jsonl", "what every (layer, KV head) holds at the end", NULL,
      0, 0},
     {"kv-type", 0, KVS_CLI_CHOICE, AT(kv_type), SESSIONS | SPEED, "TYPE", "type of cached keys and values; default f16",

@@ -22,6 +22,7 @@ static json_t *head_json(kvs_model *m, const kvs_session *s, const kvs_session_o
     kvs_cli_set_text(o, "arith", opt->arith == KVS_ARITH_F32 ? "f32" : "native");
     json_object_set_new(o, "prefill_full", json_boolean(opt->prefill_full));
     json_object_set_new(o, "paper_compat", json_boolean(opt->paper_compat));
+    kvs_cli_set_text(o, "ffn_skip", kvs_session_ffn_skip(s));
     char seed[24];
     snprintf(seed, sizeof seed, "%llu", (unsigned long long)opt->seed);
     kvs_cli_set_text(o, "seed", seed); /* JSON integers end at 2^63 */
@@ -85,6 +86,7 @@ static kvs_status read_head(const char *path, FILE *f, kvs_cli_snapshot *out, kv
                       copy_text(o, "kv_type", kv_type, sizeof kv_type) && copy_text(o, "arith", arith, sizeof arith) &&
                       copy_text(o, "seed", seed, sizeof seed);
     if (good) {
+        copy_text(o, "ffn_skip", out->ffn_skip, sizeof out->ffn_skip);
         out->budget.bytes = (uint64_t)json_integer_value(json_object_get(o, "budget_bytes"));
         out->budget.tokens = (uint32_t)json_integer_value(json_object_get(o, "budget_tokens"));
         out->kv_f32 = strcmp(kv_type, "f32") == 0;
@@ -120,6 +122,7 @@ static void options_of_head(const kvs_cli_snapshot *head, kvs_session_options *o
     opt->arith = head->arith_f32 ? KVS_ARITH_F32 : KVS_ARITH_NATIVE;
     opt->prefill_full = head->prefill_full;
     opt->paper_compat = head->paper_compat;
+    opt->ffn_skip = head->ffn_skip[0] != '\0' ? head->ffn_skip : NULL;
     opt->seed = head->seed;
 }
 

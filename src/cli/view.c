@@ -133,6 +133,9 @@ void kvs_cli_print_usage(const kvs_session *s, FILE *out)
     fprintf(out, "evictions        %llu, %llu slots, %.1f ms\n", (unsigned long long)u.n_evictions,
             (unsigned long long)u.n_slots_evicted, (double)u.evict_ns * 1e-6);
     fprintf(out, "footprint        %.3f of the full cache's\n", u.footprint);
+    if (u.n_ffn_blocks > 0)
+        fprintf(out, "ffn blocks       %llu of %llu left out (%.1f %%)\n", (unsigned long long)u.n_ffn_skipped,
+                (unsigned long long)u.n_ffn_blocks, 100.0 * (double)u.n_ffn_skipped / (double)u.n_ffn_blocks);
 }
 
 void kvs_cli_print_health(const kvs_session *s, FILE *out)
@@ -153,6 +156,28 @@ void kvs_cli_print_health(const kvs_session *s, FILE *out)
             p.out_of_window, p.collision);
     fprintf(out, "order %.4f  backward %.4f  gap %.4f  seam %.4f  prefix %.4f  template %.4f\n", p.order, p.backward,
             p.gap, p.seam, p.prefix, p.template_integrity);
+}
+
+void kvs_cli_set_ffn(json_t *object, const kvs_session *s)
+{
+    kvs_usage u;
+    kvs_ffn_layer layer;
+    if (!kvs_session_get_ffn(s, 0, &layer))
+        return;
+    kvs_session_get_usage(s, &u);
+    kvs_cli_set_text(object, "ffn_skip", kvs_session_ffn_skip(s));
+    kvs_cli_set_int(object, "ffn_blocks", u.n_ffn_blocks);
+    kvs_cli_set_int(object, "ffn_skipped", u.n_ffn_skipped);
+    kvs_cli_set_real(object, "ffn_skipped_share", (double)u.n_ffn_skipped / (double)u.n_ffn_blocks);
+    json_t *const layers = json_array();
+    for (uint32_t l = 0; kvs_session_get_ffn(s, l, &layer); l++) {
+        json_t *const o = json_object();
+        kvs_cli_set_int(o, "n_run", layer.n_run);
+        kvs_cli_set_int(o, "n_skipped", layer.n_skipped);
+        kvs_cli_set_real(o, "cosine", layer.cosine);
+        json_array_append_new(layers, o);
+    }
+    json_object_set_new(object, "ffn_layers", layers);
 }
 
 void kvs_cli_set_state(json_t *object, const kvs_usage *u, const kvs_positions *p, const kvs_health *h)

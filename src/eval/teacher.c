@@ -19,6 +19,7 @@ typedef struct teacher {
     const int32_t *tokens;
     uint32_t n_tokens, vocab_size, window_tokens;
     kvs_session *policy, *ref;
+    kvs_watch *policy_watch, *ref_watch; /* NULL where nobody asks */
     /* rows of the side that is ahead: ring [queue_cap][vocab] */
     float *queue;
     uint32_t queue_cap, queue_head, queue_n;
@@ -304,6 +305,26 @@ static kvs_status open_sessions(teacher *t)
     return KVS_OK;
 }
 
+/* A reference that slides holds its tokens under other numbers: it cannot be watched beside the policy. */
+static kvs_status open_watches(teacher *t)
+{
+    const kvs_watch_options o = {
+        .tokens = t->opt->fact,
+        .n_tokens = t->opt->n_fact,
+        .from_query = t->n_tokens > KVS_TEACHER_QUERY_TOKENS ? t->n_tokens - KVS_TEACHER_QUERY_TOKENS : 0,
+        .from_answer = t->opt->answer_from,
+    };
+    if (t->opt->routing == NULL)
+        return KVS_OK;
+    KVS_TRY(kvs_watch_create(t->policy, &o, &t->policy_watch, t->err));
+    kvs_session_watch(t->policy, t->policy_watch);
+    if (t->opt->ref != KVS_TEACHER_REF_FULL || t->n_tokens > t->window_tokens)
+        return KVS_OK;
+    KVS_TRY(kvs_watch_create(t->ref, &o, &t->ref_watch, t->err));
+    kvs_session_watch(t->ref, t->ref_watch);
+    return KVS_OK;
+}
+
 /* The end of a plain text ends its prefill: a schedule that acts there acts now, and so does a keep that was asked for
  * with a whole prefill, since no answer follows that would make it act. */
 static kvs_status end_prefill(teacher *t)
@@ -344,6 +365,10 @@ static kvs_status finish(teacher *t)
         r->ttft_ms = (double)t->step_ns * 1e-6;
         r->prefill_tok_per_s = r->n_tokens / ((double)t->step_ns * 1e-9);
     }
+    if (t->opt->routing != NULL) {
+        kvs_session_watch(t->policy, NULL);
+        KVS_TRY(kvs_routing_make(t->policy, t->policy_watch, t->ref_watch, t->opt->routing, t->err));
+    }
     if (t->opt->on_end != NULL && !t->opt->on_end(t->opt->ctx, t->policy))
         return kvs_error_set(t->err, KVS_ECANCELLED, "cancelled after the last token");
     time_decode(t);
@@ -377,6 +402,8 @@ kvs_status kvs_eval_teacher_force(kvs_model *m, const kvs_teacher_options *opt, 
     kvs_scores_init(&t.compared, true, t.allocator);
     kvs_status status = open_sessions(&t);
     if (status == KVS_OK)
+        status = open_watches(&t);
+    if (status == KVS_OK)
         status = feed_all(&t);
     if (status == KVS_OK)
         status = finish(&t);
@@ -385,5 +412,7 @@ kvs_status kvs_eval_teacher_force(kvs_model *m, const kvs_teacher_options *opt, 
     kvs_scores_free(&t.compared);
     kvs_session_free(&t.ref);
     kvs_session_free(&t.policy);
+    kvs_watch_free(&t.ref_watch);
+    kvs_watch_free(&t.policy_watch);
     return status;
 }

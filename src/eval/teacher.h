@@ -4,6 +4,7 @@
 #define KVS_EVAL_TEACHER_H
 
 #include "base/base.h"
+#include "eval/routing.h"
 
 typedef enum kvs_teacher_ref {
     KVS_TEACHER_REF_NONE = 0,
@@ -14,6 +15,7 @@ typedef enum kvs_teacher_ref {
 enum {
     KVS_TEACHER_BLOCK_TOKENS = 32,    /* rows whose logits are held: 6 MiB at 49,152 tokens */
     KVS_TEACHER_STRIDE_TOKENS = 64,   /* of the window reference, evaluation.md 3.2 */
+    KVS_TEACHER_QUERY_TOKENS = 32,    /* whose queries weigh key channels: as many as ThinK takes */
     KVS_TEACHER_DECODE_TOKENS = 16,   /* greedy tokens after the stream, for tpot_ms; they need room in the budget */
     KVS_TEACHER_TURN_BEGIN = 1u << 0, /* in turns[i]: a turn begins before token i */
     KVS_TEACHER_TURN_END = 1u << 1,   /* in turns[i]: a turn ends after token i */
@@ -33,6 +35,9 @@ typedef struct kvs_teacher_options {
     uint32_t ref_tokens;                                   /* of REF_WINDOW; 0: the model's window */
     const uint8_t *flags;                                  /* [n_tokens] KVS_TOKEN_* bits or NULL */
     const uint8_t *turns;                                  /* [n_tokens] KVS_TEACHER_TURN_* bits or NULL */
+    kvs_routing *routing;                                  /* NULL, or filled at the end; the caller's to free */
+    const int32_t *fact;                                   /* for it: [n_fact] tokens, ascending, whose use is asked */
+    uint32_t n_fact, answer_from;                          /* for it: answer rows are [answer_from, n_tokens) */
     volatile int *cancel;                                  /* NULL, or nonzero asks to stop (ECANCELLED) */
     bool (*on_row)(void *ctx, const kvs_teacher_row *row); /* NULL, or in token order; false cancels */
     bool (*on_end)(void *ctx, const kvs_session *s);       /* NULL, or once, with the policy session's last state */

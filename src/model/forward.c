@@ -1,6 +1,7 @@
 /* The forward pass of a Llama-family model. Attention itself, and everything about caches, is the caller's hook. */
 #include "model/forward.h"
 
+#include <math.h>
 #include <string.h>
 
 /* Rows one elementwise task takes: enough to be worth handing out. */
@@ -111,7 +112,44 @@ typedef struct row_task {
     const float *norm_weight;
     const float *delta; /* [n_rows][n_embd] added to x */
     uint32_t n_rows;
+    struct ffn_rows *ffn; /* NULL: delta is not of a block that rows may go without */
 } row_task;
+
+/* Which rows go without this layer's block, and what the block did to the others. */
+typedef struct ffn_rows {
+    const kvs_ffn_rule *const *rules; /* [n_rows], or NULL: no row has one */
+    uint8_t skip[KVS_STEP_ROWS_MAX];
+    double cosine[KVS_STEP_ROWS_MAX];
+} ffn_rows;
+
+/* Of x and x + delta; 0 where one of them is zero. Three chains in double, so that nothing but the row decides. */
+static double cosine_of_step(const float *x, const float *delta, uint32_t n)
+{
+    double both = 0, before = 0, after = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        const double a = (double)x[i], b = (double)(x[i] + delta[i]);
+        both += a * b;
+        before += a * a;
+        after += b * b;
+    }
+    const double norm = sqrt(before) * sqrt(after);
+    if (!(norm > 0))
+        return 0;
+    const double c = both / norm;
+    return c > 1 ? 1 : c < -1 ? -1 : c;
+}
+
+/* Does row r get its delta? Measures what it does where a rule asks. */
+static bool takes_delta(const row_task *t, uint32_t r, const float *x)
+{
+    if (t->ffn == NULL || t->ffn->rules == NULL || t->ffn->rules[r] == NULL)
+        return true;
+    if (t->ffn->skip[r])
+        return false;
+    const uint32_t n_embd = t->f->model->info.n_embd;
+    t->ffn->cosine[r] = cosine_of_step(x, t->delta + (size_t)r * n_embd, n_embd);
+    return true;
+}
 
 /* x += delta, then the next norm, while the row is in the first-level cache. */
 static void run_rows(void *ctx, uint32_t task, uint32_t thread)
@@ -124,7 +162,7 @@ static void run_rows(void *ctx, uint32_t task, uint32_t thread)
     const uint32_t end = kvs_min_u32(t->n_rows, (task + 1) * ROWS_PER_TASK);
     for (uint32_t r = task * ROWS_PER_TASK; r < end; r++) {
         float *x = f->x + (size_t)r * i->n_embd;
-        if (t->op == ROW_ADD || t->op == ROW_ADD_NORM)
+        if ((t->op == ROW_ADD || t->op == ROW_ADD_NORM) && takes_delta(t, r, x))
             k->add(x, t->delta + (size_t)r * i->n_embd, i->n_embd);
         if (t->op == ROW_NORM || t->op == ROW_ADD_NORM)
             k->rmsnorm(f->norm + (size_t)r * i->n_embd, x, t->norm_weight, i->n_embd, f->model->norm_eps);
@@ -135,9 +173,10 @@ static void run_rows(void *ctx, uint32_t task, uint32_t thread)
     }
 }
 
-static void over_rows(kvs_forward *f, row_op op, const float *norm_weight, const float *delta, uint32_t n_rows)
+static void over_rows(kvs_forward *f, row_op op, const float *norm_weight, const float *delta, uint32_t n_rows,
+                      ffn_rows *ffn)
 {
-    row_task t = {f, op, norm_weight, delta, n_rows};
+    row_task t = {f, op, norm_weight, delta, n_rows, ffn};
     kvs_pool_run(f->model->pool, run_rows, &t, (n_rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK);
 }
 
@@ -168,19 +207,94 @@ static void joined_product(kvs_forward *f, kvs_arith arith, const kvs_weight *jo
     }
 }
 
+/* ---- feed-forward blocks ---- */
+
+/* Puts the rows that need this layer's block side by side; how many they are. list [n_rows] gets where they stood. */
+static uint32_t gather(kvs_forward *f, const ffn_rows *ffn, uint32_t n_rows, uint32_t *list)
+{
+    const size_t n_embd = f->model->info.n_embd;
+    uint32_t n = 0;
+    for (uint32_t r = 0; r < n_rows; r++) {
+        if (ffn->skip[r])
+            continue;
+        if (n < r)
+            memcpy(f->norm + n * n_embd, f->norm + r * n_embd, n_embd * sizeof(float));
+        list[n++] = r;
+    }
+    return n;
+}
+
+/* The way back, last row first: no row is overwritten before it has moved. */
+static void scatter(kvs_forward *f, const uint32_t *list, uint32_t n)
+{
+    const size_t n_embd = f->model->info.n_embd;
+    while (n-- > 0 && list[n] > n)
+        memcpy(f->norm + list[n] * n_embd, f->norm + n * n_embd, n_embd * sizeof(float));
+}
+
+/* What f->norm holds [n_rows] through the block, into f->norm. */
+static void feed_forward(kvs_forward *f, kvs_arith arith, uint32_t layer, uint32_t n_rows)
+{
+    const kvs_layer *l = &f->model->layers[layer];
+    const kvs_layer_parts *p = &f->model->parts[layer];
+    const kvs_model_info *i = &f->model->info;
+    const kvs_weight *const gate_up[] = {&p->gate, &p->up};
+    joined_product(f, arith, &l->gate_up, gate_up, 2, f->gate_up, (size_t)2 * i->n_ff, n_rows);
+    over_rows(f, ROW_SWIGLU, NULL, NULL, n_rows, NULL);
+    product(f, arith, &l->ffn_down, f->act, i->n_ff, f->norm, i->n_embd, n_rows);
+}
+
+static void feed_some_forward(kvs_forward *f, kvs_arith arith, uint32_t layer, ffn_rows *ffn, uint32_t n_rows)
+{
+    uint32_t list[KVS_STEP_ROWS_MAX];
+    for (uint32_t r = 0; r < n_rows; r++)
+        if (ffn->skip[r] && layer >= ffn->rules[r]->end)
+            ffn->skip[r] = 0;
+    const uint32_t n = gather(f, ffn, n_rows, list);
+    if (n > 0)
+        feed_forward(f, arith, layer, n);
+    scatter(f, list, n);
+}
+
+/* Counts, and decides who goes without the next layers' blocks. */
+static void judge_blocks(ffn_rows *ffn, uint32_t layer, uint32_t n_rows)
+{
+    for (uint32_t r = 0; r < n_rows; r++) {
+        const kvs_ffn_rule *rule = ffn->rules[r];
+        if (rule == NULL)
+            continue;
+        kvs_ffn_count *count = &rule->counts[layer];
+        if (ffn->skip[r]) {
+            count->n_skipped++;
+            continue;
+        }
+        count->n_run++;
+        count->cosine_sum += ffn->cosine[r];
+        ffn->skip[r] = layer >= rule->first && layer < rule->end && ffn->cosine[r] >= rule->threshold;
+    }
+}
+
 /* ---- the loop ---- */
 
+static void copy_hidden(const kvs_forward *f, const kvs_forward_wishes *wishes, uint32_t layer)
+{
+    const size_t n_embd = f->model->info.n_embd;
+    for (uint32_t i = 0; i < wishes->n_taps; i++)
+        memcpy(wishes->taps[i].out + layer * n_embd, f->x + wishes->taps[i].row * n_embd, n_embd * sizeof(float));
+}
+
 void kvs_forward_rows(kvs_forward *f, kvs_arith arith, const int32_t *tokens, uint32_t n_rows, kvs_attend_hook attend,
-                      void *ctx)
+                      void *ctx, const kvs_forward_wishes *wishes)
 {
     const kvs_model *m = f->model;
     const kvs_model_info *i = &m->info;
     const size_t qkv_width = (size_t)(i->n_heads + 2 * i->n_kv_heads) * i->head_dim;
     const size_t att_width = (size_t)i->n_heads * i->head_dim;
+    ffn_rows ffn = {.rules = wishes != NULL ? wishes->ffn : NULL};
 
     for (uint32_t r = 0; r < n_rows; r++)
         kvs_weight_row(&m->embd, (uint32_t)tokens[r], f->x + (size_t)r * i->n_embd);
-    over_rows(f, ROW_NORM, m->layers[0].attn_norm, NULL, n_rows);
+    over_rows(f, ROW_NORM, m->layers[0].attn_norm, NULL, n_rows, NULL);
     for (uint32_t layer = 0; layer < i->n_layers; layer++) {
         const kvs_layer *l = &m->layers[layer];
         const kvs_layer_parts *p = &m->parts[layer];
@@ -189,16 +303,20 @@ void kvs_forward_rows(kvs_forward *f, kvs_arith arith, const int32_t *tokens, ui
         joined_product(f, arith, &l->qkv, qkv, 3, f->qkv, qkv_width, n_rows);
         attend(ctx, f, layer, n_rows);
         product(f, arith, &l->attn_out, f->att, att_width, f->norm, i->n_embd, n_rows);
-        over_rows(f, ROW_ADD_NORM, l->ffn_norm, f->norm, n_rows);
+        over_rows(f, ROW_ADD_NORM, l->ffn_norm, f->norm, n_rows, NULL);
 
-        const kvs_weight *const gate_up[] = {&p->gate, &p->up};
-        joined_product(f, arith, &l->gate_up, gate_up, 2, f->gate_up, (size_t)2 * i->n_ff, n_rows);
-        over_rows(f, ROW_SWIGLU, NULL, NULL, n_rows);
-        product(f, arith, &l->ffn_down, f->act, i->n_ff, f->norm, i->n_embd, n_rows);
-        if (layer + 1 < i->n_layers)
-            over_rows(f, ROW_ADD_NORM, m->layers[layer + 1].attn_norm, f->norm, n_rows);
+        if (ffn.rules == NULL)
+            feed_forward(f, arith, layer, n_rows);
         else
-            over_rows(f, ROW_ADD, NULL, f->norm, n_rows);
+            feed_some_forward(f, arith, layer, &ffn, n_rows);
+        if (layer + 1 < i->n_layers)
+            over_rows(f, ROW_ADD_NORM, m->layers[layer + 1].attn_norm, f->norm, n_rows, &ffn);
+        else
+            over_rows(f, ROW_ADD, NULL, f->norm, n_rows, &ffn);
+        if (ffn.rules != NULL)
+            judge_blocks(&ffn, layer, n_rows);
+        if (wishes != NULL)
+            copy_hidden(f, wishes, layer);
     }
 }
 

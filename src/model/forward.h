@@ -40,9 +40,39 @@ kvs_status kvs_forward_need_scratch(kvs_forward *f, size_t bytes_per_thread, kvs
  * f->att. */
 typedef void (*kvs_attend_hook)(void *ctx, kvs_forward *f, uint32_t layer, uint32_t n_rows);
 
-/* Runs rows [n_rows] of token ids through all layers; f->x holds the last layer's residual stream after it. */
+/* What one layer did with the rows that a rule covers. */
+typedef struct kvs_ffn_count {
+    uint64_t n_run, n_skipped;
+    double cosine_sum; /* over n_run */
+} kvs_ffn_count;
+
+/* FFN-SkipLLM (arXiv:2404.03865; no code is published, the rule is reconstructed from its text): a row whose residual
+ * stream a feed-forward block of a middle layer leaves nearly as it was (the cosine of before and after reaches the
+ * threshold) goes without those of the middle layers that follow. Attention always runs, so every token has its key and
+ * value in every layer. */
+typedef struct kvs_ffn_rule {
+    double threshold;      /* over 1: blocks are measured, none is left out */
+    uint32_t first, end;   /* the middle layers */
+    kvs_ffn_count *counts; /* [n_layers] */
+} kvs_ffn_rule;
+
+/* Where a row's residual stream goes as each layer leaves it: out [n_layers][n_embd]. */
+typedef struct kvs_hidden_tap {
+    uint32_t row;
+    float *out;
+} kvs_hidden_tap;
+
+/* What a step wants besides the plain loop; NULL and 0: nothing. */
+typedef struct kvs_forward_wishes {
+    const kvs_ffn_rule *const *ffn; /* [n_rows], an entry may be NULL */
+    const kvs_hidden_tap *taps;
+    uint32_t n_taps;
+} kvs_forward_wishes;
+
+/* Runs rows [n_rows] of token ids through all layers; f->x holds the last layer's residual stream after it. wishes may
+ * be NULL. */
 void kvs_forward_rows(kvs_forward *f, kvs_arith arith, const int32_t *tokens, uint32_t n_rows, kvs_attend_hook attend,
-                      void *ctx);
+                      void *ctx, const kvs_forward_wishes *wishes);
 /* Logits of rows[n] (indices of the last kvs_forward_rows), n <= KVS_LOGIT_ROWS_MAX, into f->logits [n][vocab]. */
 void kvs_forward_logits(kvs_forward *f, kvs_arith arith, const uint32_t *rows, uint32_t n);
 

@@ -374,6 +374,15 @@ static void judge_task(void *ctx, uint32_t task, uint32_t thread)
         kvs_probe_record(run, t->f, t->layer, task % n_kv_heads, thread);
 }
 
+static void watch_task(void *ctx, uint32_t task, uint32_t thread)
+{
+    const layer_task *t = ctx;
+    const uint32_t n_kv_heads = t->f->model->info.n_kv_heads;
+    const kvs_attend_run *run = &t->ctx->runs[task / n_kv_heads];
+    if (run->watch != NULL)
+        kvs_watch_rows(run, t->f, t->layer, task % n_kv_heads, thread);
+}
+
 /* Blocks of rows, whole heads each. */
 static void attend_blocks(const layer_task *t, uint32_t n_blocks)
 {
@@ -409,4 +418,6 @@ void kvs_attend(void *ctx, kvs_forward *f, uint32_t layer, uint32_t n_rows)
         attend_blocks(&t, n_blocks);
     if (a->judged)
         kvs_pool_run(pool, judge_task, &t, a->n_runs * n_kv_heads);
+    if (a->watched)
+        kvs_pool_run(pool, watch_task, &t, a->n_runs * n_kv_heads);
 }

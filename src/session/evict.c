@@ -685,6 +685,7 @@ kvs_status kvs_evict(kvs_session *s, kvs_forward *forward, uint32_t keep_overrid
     s->n_slots_evicted += live_before - kvs_cache_live_total(s->cache);
     s->n_tokens_evicted_at = s->n_tokens;
     s->evicted_after_prompt = s->last_was_prompt;
+    s->ffn.n_said_evicted_at = s->ffn.n_said;
     s->score_ns += x.score_ns;
     s->select_ns += x.select_ns;
     s->move_ns += t2 - t1;

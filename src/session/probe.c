@@ -276,7 +276,7 @@ static kvs_status rerun_newest(kvs_session *s, kvs_forward *f, kvs_error *err)
     const uint8_t flags = kvs_cache_newest_flags(s->cache);
     const uint64_t footprint = kvs_cache_meter_now(s->cache)->footprint_slots;
     kvs_cache_truncate(s->cache, pos);
-    const kvs_status status = kvs_step_raw(s, f, &token, &flags, &pos, 1, KVS_ROWS_ALONE, err);
+    const kvs_status status = kvs_step_raw(s, f, &token, &flags, &pos, 1, KVS_ROWS_AGAIN, err);
     s->footprint_skip += kvs_cache_meter_now(s->cache)->footprint_slots - footprint;
     return status;
 }

@@ -3,16 +3,17 @@
 
 #include <string.h>
 
-#define SAVED_MAGIC 0x3353564bu /* "KVS3" */
+#define SAVED_MAGIC 0x3453564bu /* "KVS4" */
 
-enum { FIXED_WORDS = 22, TURN_BYTES = 16 };
+enum { FIXED_WORDS = 27, TURN_BYTES = 16 };
 
 /* Everything but the policy text, the turns and the cache, as 64-bit words. */
 static void pack(const kvs_session *s, uint64_t words[FIXED_WORDS], size_t cache_bytes)
 {
     const kvs_model_info *i = &s->model->info;
-    uint64_t mass_lost;
+    uint64_t mass_lost, ffn_threshold;
     memcpy(&mass_lost, &s->mass_lost, sizeof mass_lost);
+    memcpy(&ffn_threshold, &s->ffn.rule.threshold, sizeof ffn_threshold);
     const uint64_t all[FIXED_WORDS] = {
         SAVED_MAGIC,
         i->weight_bytes,
@@ -36,8 +37,19 @@ static void pack(const kvs_session *s, uint64_t words[FIXED_WORDS], size_t cache
         cache_bytes,
         s->turns.n,
         (uint64_t)(int64_t)s->turns.marker_from,
+        ffn_threshold,
+        s->ffn.warmup_tokens,
+        (uint64_t)s->ffn.rule.first << 32 | s->ffn.rule.end,
+        s->ffn.n_said,
+        s->ffn.n_said_evicted_at,
     };
     memcpy(words, all, sizeof all);
+}
+
+/* What stands between the turns and the cache. */
+static size_t extras_bytes(const kvs_session *s)
+{
+    return kvs_query_log_bytes(&s->queries) + kvs_ffn_skip_bytes(&s->ffn);
 }
 
 static uint8_t *put(uint8_t *at, uint64_t x, int n_bytes)
@@ -69,8 +81,8 @@ static kvs_turn turn_at(const uint8_t *at)
 kvs_status kvs_session_save(const kvs_session *s, void *buf, size_t cap_bytes, size_t *size_bytes, kvs_error *err)
 {
     const size_t cache_bytes = kvs_cache_snapshot_bytes(s->cache);
-    const size_t need = FIXED_WORDS * 8 + sizeof s->policy.text + (size_t)s->turns.n * TURN_BYTES + cache_bytes +
-                        kvs_query_log_bytes(&s->queries);
+    const size_t need =
+        FIXED_WORDS * 8 + sizeof s->policy.text + (size_t)s->turns.n * TURN_BYTES + cache_bytes + extras_bytes(s);
     *size_bytes = need;
     if (buf == NULL)
         return KVS_OK;
@@ -91,7 +103,8 @@ kvs_status kvs_session_save(const kvs_session *s, void *buf, size_t cap_bytes, s
             at = put(at, (uint32_t)bounds[k], 4);
     }
     kvs_query_log_save(&s->queries, at);
-    kvs_cache_snapshot_write(s->cache, at + kvs_query_log_bytes(&s->queries));
+    kvs_ffn_skip_save(&s->ffn, at + kvs_query_log_bytes(&s->queries));
+    kvs_cache_snapshot_write(s->cache, at + extras_bytes(s));
     return KVS_OK;
 }
 
@@ -110,6 +123,15 @@ static kvs_status check_words(const kvs_session *s, const uint64_t *words, kvs_e
         return kvs_error_set(err, KVS_EFORMAT, "saved session ran in --arith %s, this one runs in %s",
                              words[3] == KVS_ARITH_F32 ? "f32" : "native",
                              s->options.arith == KVS_ARITH_F32 ? "f32" : "native");
+    kvs_ffn_skip theirs = {.warmup_tokens = (uint32_t)words[23],
+                           .rule = {.first = (uint32_t)(words[24] >> 32), .end = (uint32_t)words[24]}};
+    memcpy(&theirs.rule.threshold, &words[22], sizeof theirs.rule.threshold);
+    if (!kvs_ffn_skip_same(&theirs, &s->ffn))
+        return kvs_error_set(err, KVS_EFORMAT,
+                             "saved session has ffn skip threshold %g (0: off), warmup %u, middle layers %u to %u; "
+                             "this one: %s",
+                             theirs.rule.threshold, theirs.warmup_tokens, theirs.rule.first, theirs.rule.end,
+                             s->ffn.text);
     return KVS_OK;
 }
 
@@ -117,8 +139,8 @@ static kvs_status check_size(const kvs_session *s, const uint64_t *words, size_t
 {
     const uint64_t rest = size_bytes - FIXED_WORDS * 8 - sizeof s->policy.text; /* turns, queries, cache */
     if (words[5] > INT32_MAX / 2 || words[6] > words[5] || words[20] > rest / TURN_BYTES ||
-        rest - words[20] * TURN_BYTES < kvs_query_log_bytes(&s->queries) ||
-        words[19] != rest - words[20] * TURN_BYTES - kvs_query_log_bytes(&s->queries))
+        rest - words[20] * TURN_BYTES < extras_bytes(s) ||
+        words[19] != rest - words[20] * TURN_BYTES - extras_bytes(s) || words[25] > words[5] || words[26] > words[6])
         return kvs_error_set(err, KVS_EFORMAT, "saved session is truncated: %zu bytes", size_bytes);
     return KVS_OK;
 }
@@ -163,9 +185,11 @@ kvs_status kvs_session_load(kvs_session *s, const void *buf, size_t size_bytes, 
     KVS_TRY(check_turns(at, n_turns, (int64_t)words[21], (int32_t)words[5], err));
     const kvs_snapshot_limits limits = {(int32_t)words[5], s->model->info.vocab_size, s->scratch.n_slots};
     const uint8_t *const queries = at + n_turns * TURN_BYTES;
-    KVS_TRY(
-        kvs_cache_snapshot_read(s->cache, queries + kvs_query_log_bytes(&s->queries), (size_t)words[19], &limits, err));
+    KVS_TRY(kvs_cache_snapshot_read(s->cache, queries + extras_bytes(s), (size_t)words[19], &limits, err));
     kvs_query_log_load(&s->queries, queries);
+    kvs_ffn_skip_load(&s->ffn, queries + kvs_query_log_bytes(&s->queries));
+    s->ffn.n_said = words[25];
+    s->ffn.n_said_evicted_at = words[26];
     s->turns.n = n_turns < s->turns.capacity ? (uint32_t)n_turns : s->turns.capacity; /* the newest */
     s->turns.marker_from = (int32_t)(int64_t)words[21];
     at += (n_turns - s->turns.n) * TURN_BYTES;

@@ -4,6 +4,7 @@
 #include "cache/positions.h"
 #include "session/health.h"
 
+#include <math.h>
 #include <string.h>
 
 void kvs_session_options_default(kvs_session_options *opt)
@@ -87,13 +88,15 @@ static kvs_status session_new(kvs_model *m, const kvs_session_options *opt, kvs_
     s->model = m;
     s->allocator = a;
     s->options = *opt;
-    s->options.policy = s->options.position = NULL;
+    s->options.policy = s->options.position = s->options.ffn_skip = NULL;
     s->uniform = s->layer_uniform = true;
     s->mass_lost = -1;
     if (opt->budget_bytes == 0 && opt->budget_tokens == 0)
         s->options.budget_tokens = m->info.window_tokens;
-    const kvs_status status = kvs_policy_parse(opt->policy != NULL ? opt->policy : "baseline", opt->position,
-                                               opt->paper_compat, &s->policy, err);
+    kvs_status status = kvs_policy_parse(opt->policy != NULL ? opt->policy : "baseline", opt->position,
+                                         opt->paper_compat, &s->policy, err);
+    if (status == KVS_OK)
+        status = kvs_ffn_skip_parse(opt->ffn_skip, m->info.n_layers, &s->ffn, err);
     if (status != KVS_OK) {
         kvs_free(a, s);
         return status;
@@ -159,6 +162,7 @@ static kvs_status finish_create(kvs_session *s, kvs_error *err)
 {
     kvs_forward *f;
     KVS_TRY(create_queries(s, err));
+    KVS_TRY(kvs_ffn_skip_create(&s->ffn, s->allocator, err));
     KVS_TRY(create_sentence_ends(s, err));
     KVS_TRY(kvs_session_forward(s, &f, err));
     KVS_TRY(kvs_evict_scratch_create(s, err));
@@ -201,6 +205,7 @@ void kvs_session_free(kvs_session **session)
     kvs_evict_scratch_free(s);
     kvs_probe_free(s);
     kvs_query_log_free(&s->queries, s->allocator);
+    kvs_ffn_skip_free(&s->ffn, s->allocator);
     kvs_free(s->allocator, s->sentence_ends);
     kvs_free(s->allocator, s);
 }
@@ -226,6 +231,7 @@ static void fork_state(const kvs_session *from, kvs_session *s)
         s->schedule_mark = from->schedule_mark;
     kvs_turn_log_copy(&s->turns, &from->turns);
     kvs_query_log_copy(&s->queries, &from->queries);
+    kvs_ffn_skip_copy(&s->ffn, &from->ffn);
 }
 
 static bool fits_budget(const kvs_session *s)
@@ -271,6 +277,10 @@ kvs_status kvs_session_fork(kvs_session *from, const kvs_session_options *opt, k
     KVS_TRY(session_new(from->model, &o, &s, err));
     if (same_policy && o.position == NULL)
         s->policy = from->policy; /* paper_compat and the spec's own position may differ from the text's reading */
+    if (o.ffn_skip == NULL) {
+        s->ffn = from->ffn;
+        s->ffn.rule.counts = NULL;
+    }
     const kvs_cache_config config = cache_config(s, kvs_cache_live_max(from->cache));
     kvs_status status = kvs_cache_fork(from->cache, &config, &s->cache, err);
     if (status == KVS_OK)
@@ -330,6 +340,21 @@ kvs_status kvs_session_evict(kvs_session *s, uint32_t keep_tokens, kvs_error *er
     return evict_locked(s, keep_tokens, "manual", "manual", err);
 }
 
+/* How many of the newest tokens the assistant said in a row. What was said since the last eviction is still held. */
+static uint64_t count_said(const kvs_session *s)
+{
+    const kvs_evict_scratch *e = &s->scratch;
+    const kvs_head_slots slots = {.pos = e->pos, .flags = e->flags};
+    uint32_t n = kvs_cache_read_head(s->cache, 0, 0, &slots);
+    uint64_t said = 0;
+    while (n > 0 && (uint64_t)e->pos[n - 1] >= s->n_tokens_evicted_at) {
+        if (!kvs_ffn_skip_counts(e->flags[--n]))
+            return said;
+        said++;
+    }
+    return said + s->ffn.n_said_evicted_at;
+}
+
 kvs_status kvs_session_truncate(kvs_session *s, uint64_t n_tokens, kvs_error *err)
 {
     if (n_tokens > s->n_tokens)
@@ -350,6 +375,7 @@ kvs_status kvs_session_truncate(kvs_session *s, uint64_t n_tokens, kvs_error *er
     /* Everything said since the last eviction is still held. */
     s->last_was_prompt = n_tokens > s->n_tokens_evicted_at ? !(kvs_cache_newest_flags(s->cache) & KVS_TOKEN_ASSISTANT)
                                                            : s->evicted_after_prompt;
+    s->ffn.n_said = count_said(s);
     return KVS_OK;
 }
 
@@ -382,6 +408,11 @@ void kvs_session_get_usage(const kvs_session *s, kvs_usage *u)
     kvs_cache_get_meter(s->cache, &m);
     const uint64_t n_heads = (uint64_t)s->model->info.n_layers * s->model->info.n_kv_heads;
     const double full = (double)n_heads * (double)s->n_tokens * ((double)s->n_tokens + 1) / 2;
+    uint64_t n_ffn_run = 0, n_ffn_skipped = 0;
+    for (uint32_t l = 0; s->ffn.rule.counts != NULL && l < s->ffn.n_layers; l++) {
+        n_ffn_run += s->ffn.rule.counts[l].n_run;
+        n_ffn_skipped += s->ffn.rule.counts[l].n_skipped;
+    }
     const uint64_t scratch = s->scratch.bytes + s->queries.bytes + s->probe.bytes + s->model->forward->bytes;
     *u = (kvs_usage){
         .budget_bytes = m.budget_bytes,
@@ -406,8 +437,24 @@ void kvs_session_get_usage(const kvs_session *s, kvs_usage *u)
         .score_ns = s->score_ns,
         .select_ns = s->select_ns,
         .move_ns = s->move_ns,
+        .n_ffn_blocks = n_ffn_run + n_ffn_skipped,
+        .n_ffn_skipped = n_ffn_skipped,
         .footprint = full > 0 ? (double)(m.footprint_slots - s->footprint_skip) / full : 1.0,
     };
+}
+
+const char *kvs_session_ffn_skip(const kvs_session *s)
+{
+    return s->ffn.text;
+}
+
+bool kvs_session_get_ffn(const kvs_session *s, uint32_t layer, kvs_ffn_layer *out)
+{
+    if (s->ffn.rule.counts == NULL || layer >= s->ffn.n_layers)
+        return false;
+    const kvs_ffn_count *c = &s->ffn.rule.counts[layer];
+    *out = (kvs_ffn_layer){c->n_run, c->n_skipped, c->n_run > 0 ? c->cosine_sum / (double)c->n_run : (double)NAN};
+    return true;
 }
 
 static void measure(const kvs_session *s, kvs_positions_fold *fold, kvs_positions *out)

@@ -7,8 +7,10 @@
 #include "cache/turns.h"
 #include "model/forward.h"
 #include "policy/policy.h"
+#include "session/ffn_skip.h"
 #include "session/observe.h"
 #include "session/probe.h"
+#include "session/watch.h"
 
 /* What one thread needs to look at one head; arrays that the policy does not ask for are NULL. */
 typedef struct kvs_view_scratch {
@@ -73,6 +75,8 @@ struct kvs_session {
     kvs_evict_scratch scratch;
     kvs_turn_log turns; /* its memory is among scratch's bytes */
     kvs_query_log queries;
+    kvs_ffn_skip ffn;
+    kvs_watch *watch; /* borrowed, or NULL */
     kvs_probe probe;
     int32_t probe_token;    /* what a lookahead begins with */
     const int32_t *pending; /* prompt tokens still to come in the call that is under way, or NULL */
@@ -99,6 +103,7 @@ typedef enum kvs_row_use {
     KVS_ROWS_SAID,      /* of the conversation: the query log takes them */
     KVS_ROWS_LOG,       /* of a probe, as the newest rows of the query log */
     KVS_ROWS_JUDGE,     /* of a probe, what they attend to */
+    KVS_ROWS_AGAIN,     /* the newest row of the conversation once more, as it was; nothing new is remembered */
 } kvs_row_use;
 
 /* attend.c: one session's share of a forward step. */
@@ -109,11 +114,13 @@ typedef struct kvs_attend_run {
     bool tap_reset;        /* the accumulators of the latest forward start anew */
     kvs_row_use use;
     uint64_t token_idx; /* of the first row */
+    kvs_watch *watch;   /* NULL: nobody looks on */
 } kvs_attend_run;
 typedef struct kvs_attend_ctx {
     const kvs_attend_run *runs;
     uint32_t n_runs;
-    bool judged; /* some run's rows judge slots */
+    bool judged;  /* some run's rows judge slots */
+    bool watched; /* some run has a watch */
 } kvs_attend_ctx;
 /* Bytes of scratch a thread needs for sessions whose heads have n_pages at most. */
 size_t kvs_attend_scratch_bytes(const kvs_model *m, uint32_t n_pages);

@@ -199,6 +199,8 @@ typedef struct step_rows {
     int32_t tokens[KVS_STEP_ROWS_MAX];
     kvs_attend_run runs[KVS_STEP_ROWS_MAX];
     uint32_t run_index[KVS_STEP_ROWS_MAX]; /* into the caller's array */
+    const kvs_ffn_rule *ffn[KVS_STEP_ROWS_MAX];
+    bool any_ffn;
     uint32_t n_runs, n_rows;
 } step_rows;
 
@@ -233,20 +235,49 @@ static void plan_tap(kvs_session *s, kvs_attend_run *r, const uint8_t *flags)
     s->forward_open = !answer;
 }
 
+/* Counts the rows that a run's watch takes; where its residual stream goes, if any is among them. */
+static bool tap_hidden(const kvs_attend_run *r, kvs_hidden_tap *tap)
+{
+    kvs_watch *w = r->watch;
+    const uint64_t end = r->token_idx + r->n_rows;
+    if (w == NULL || end <= w->options.from_answer)
+        return false;
+    w->n_answers += end - (r->token_idx > w->options.from_answer ? r->token_idx : w->options.from_answer);
+    *tap = (kvs_hidden_tap){.row = r->row0 + r->n_rows - 1, .out = w->hidden};
+    return true;
+}
+
 /* Runs the rows through all layers. All it works in was reserved when the sessions were created. */
 static void run_forward(kvs_forward *f, step_rows *rows, kvs_arith arith)
 {
     kvs_attend_ctx ctx = {.runs = rows->runs, .n_runs = rows->n_runs};
-    for (uint32_t i = 0; i < rows->n_runs; i++)
+    kvs_hidden_tap taps[KVS_STEP_ROWS_MAX];
+    uint32_t n_taps = 0;
+    for (uint32_t i = 0; i < rows->n_runs; i++) {
         ctx.judged |= rows->runs[i].use == KVS_ROWS_JUDGE;
-    kvs_forward_rows(f, arith, rows->tokens, rows->n_rows, kvs_attend, &ctx);
+        ctx.watched |= rows->runs[i].watch != NULL;
+        n_taps += tap_hidden(&rows->runs[i], &taps[n_taps]);
+    }
+    const kvs_forward_wishes wishes = {.ffn = rows->any_ffn ? rows->ffn : NULL, .taps = taps, .n_taps = n_taps};
+    kvs_forward_rows(f, arith, rows->tokens, rows->n_rows, kvs_attend, &ctx, &wishes);
+}
+
+/* Says one row's rule. */
+static void cover_row(step_rows *rows, uint32_t row, const kvs_ffn_rule *rule)
+{
+    rows->ffn[row] = rule;
+    rows->any_ffn |= rule != NULL;
 }
 
 kvs_status kvs_step_raw(kvs_session *s, kvs_forward *f, const int32_t *tokens, const uint8_t *flags, const int32_t *pos,
                         uint32_t n, kvs_row_use use, kvs_error *err)
 {
     static _Thread_local step_rows rows;
-    rows = (step_rows){.n_runs = 1, .n_rows = n};
+    rows.n_runs = 1;
+    rows.n_rows = n;
+    rows.any_ffn = false;
+    for (uint32_t r = 0; r < n; r++)
+        cover_row(&rows, r, use == KVS_ROWS_AGAIN ? kvs_ffn_skip_newest(&s->ffn) : NULL);
     memcpy(rows.tokens, tokens, n * sizeof *tokens);
     KVS_TRY(kvs_cache_append(s->cache, pos, tokens, flags, n, err));
     rows.runs[0] =
@@ -341,7 +372,10 @@ static kvs_status add_run(kvs_forward *f, step_rows *rows, kvs_run *run, uint32_
     plan_tap(s, r, flags);
     r->use = s->queries.bytes != 0 ? KVS_ROWS_SAID : KVS_ROWS_ALONE;
     r->token_idx = s->n_tokens;
+    r->watch = s->watch;
     memcpy(rows->tokens + rows->n_rows, run->tokens + at, n * sizeof *run->tokens);
+    for (uint32_t i = 0; i < n; i++)
+        cover_row(rows, rows->n_rows + i, kvs_ffn_skip_next(&s->ffn, flags == NULL ? 0 : flags[i]));
     kvs_turn_log_append(&s->turns, (int32_t)s->n_tokens, flags, n);
     s->n_tokens += n;
     kvs_query_log_advance(&s->queries, s->n_tokens, n);
@@ -367,6 +401,7 @@ static kvs_status step_locked(kvs_forward *f, kvs_run *runs, uint32_t n_runs, ui
     kvs_status first = KVS_OK;
     for (;;) {
         rows.n_runs = rows.n_rows = 0;
+        rows.any_ffn = false;
         for (uint32_t i = 0; i < n_runs && rows.n_rows < f->max_rows; i++) {
             if (runs[i].status != KVS_OK || at[i] == runs[i].n_tokens)
                 continue;

@@ -246,7 +246,7 @@ static void run(kvs_model *m, const int32_t *tokens)
     p.attend = &ctx;
     if (kvs_cache_append(s->cache, pos, tokens, NULL, N_TOKENS, &err) != KVS_OK)
         die("step", err.message);
-    kvs_forward_rows(f, KVS_ARITH_NATIVE, tokens, N_TOKENS, hook, &p);
+    kvs_forward_rows(f, KVS_ARITH_NATIVE, tokens, N_TOKENS, hook, &p, NULL);
     check_head(&p, f, N_TOKENS);
 
     static const char *const names[] = {"q, k, v", "attention output", "gate and up", "down", "head"};

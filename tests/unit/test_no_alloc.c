@@ -59,7 +59,7 @@ static kvs_model *open_model(void)
 /* ---- a conversation without memory ------------------------------------------------------------------------------ */
 
 typedef struct setting {
-    const char *policy, *position;
+    const char *policy, *position, *ffn_skip;
     uint32_t budget_tokens;
     uint64_t budget_bytes;
     kvs_kv_type kv;
@@ -81,7 +81,7 @@ static const setting settings[] = {
      .position = "rollback",
      .budget_tokens = 150},
     {.policy = "sliding_window_gist_attentive:gist=20,recent=30", .budget_tokens = 128},
-    {.policy = "evict_oldest +schedule=turn_end", .budget_tokens = 400},
+    {.policy = "evict_oldest +schedule=turn_end", .budget_tokens = 400, .ffn_skip = "threshold=0.5,cold=0:0"},
     {.policy = "llama_context_shift:n_keep=4 +schedule=tokens:90", .budget_tokens = 200},
     {.policy = "attention_top:keep=0.9 +schedule=tokens:100", .budget_tokens = 500, .paper_compat = true},
     {.policy = "sliding_window +protect=none", .position = "keep", .budget_tokens = 64},
@@ -149,6 +149,7 @@ static kvs_session *create(kvs_model *m, const setting *c)
     kvs_session_options_default(&o);
     o.policy = c->policy;
     o.position = c->position;
+    o.ffn_skip = c->ffn_skip;
     o.budget_tokens = c->budget_tokens;
     o.budget_bytes = c->budget_bytes;
     o.kv_type = c->kv;

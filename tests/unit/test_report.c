@@ -387,6 +387,42 @@ static void recall_held_against_other_questions(void **state)
     free(page);
 }
 
+static void diagnostics_of_a_failed_question_counted(void **state)
+{
+    const folder *f = *state;
+    static const char *const text =
+        "{\"run\":\"a\",\"dialogue\":\"f1\",\"question\":0,\"place\":\"late\",\"lag_tokens\":9,"
+        "\"n_candidates\":4,\"correct\":true,\"survival\":1,\"erased\":0.25,"
+        "\"head_consensus\":0.5,\"utilisation\":0.125,\"drift\":0.0625,"
+        "\"key_channels_90\":0.75,\"failure\":null}\n"
+        "{\"run\":\"a\",\"dialogue\":\"f1\",\"question\":1,\"place\":\"late\",\"lag_tokens\":9,"
+        "\"n_candidates\":4,\"correct\":null,\"survival\":null,\"erased\":null,"
+        "\"head_consensus\":null,\"utilisation\":null,\"drift\":null,"
+        "\"key_channels_90\":null,\"failure\":\"full\"}\n"
+        "{\"run\":\"a\",\"dialogue\":\"f1\",\"question\":2,\"place\":\"late\",\"lag_tokens\":9,"
+        "\"n_candidates\":4,\"correct\":true,\"survival\":1,\"erased\":0.75,"
+        "\"head_consensus\":1,\"utilisation\":0.375,\"drift\":0.1875,"
+        "\"key_channels_90\":0.25,\"failure\":null}\n" ANSWER("b", "f1", "0", "late", "9", "4", "true", "1", "null");
+    static const struct {
+        const char *name;
+        double mean;
+    } want[] = {
+        {"erased", 0.5}, {"head_consensus", 0.75}, {"utilisation", 0.25}, {"drift", 0.125}, {"key_channels_90", 0.5}};
+    write_file(f, "recall.jsonl", text, strlen(text));
+    assert_int_equal(kvs_report_write(f->dir, NULL), KVS_OK);
+    char *page = read_page(f);
+    json_t *data = data_of(page);
+    const json_t *runs = json_object_get(json_object_get(data, "recall"), "runs");
+    for (size_t i = 0; i < sizeof want / sizeof *want; i++) {
+        const json_t *of_a = json_object_get(json_array_get(runs, 0), "diagnostics");
+        const json_t *of_b = json_object_get(json_array_get(runs, 1), "diagnostics");
+        assert_true(json_number_value(json_object_get(of_a, want[i].name)) == want[i].mean);
+        assert_true(json_is_null(json_object_get(of_b, want[i].name))); /* a folder of before */
+    }
+    json_decref(data);
+    free(page);
+}
+
 static void one_dialogue_called_certain(void **state)
 {
     const folder *f = *state;
@@ -558,6 +594,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(rollback_shift_or_future_wrong, setup, teardown),
         cmocka_unit_test_setup_teardown(folder_without_recall_refused, setup, teardown),
         cmocka_unit_test_setup_teardown(recall_held_against_other_questions, setup, teardown),
+        cmocka_unit_test_setup_teardown(diagnostics_of_a_failed_question_counted, setup, teardown),
         cmocka_unit_test_setup_teardown(one_dialogue_called_certain, setup, teardown),
         cmocka_unit_test_setup_teardown(turns_before_an_eviction_counted, setup, teardown),
         cmocka_unit_test_setup_teardown(missing_file_not_named, setup, teardown),

@@ -46,6 +46,7 @@ typedef struct tiny_options {
     const char *chat_template; /* NULL: none */
     const char *extra[8];      /* markers at TINY_VOCAB_MIN on; vocab_size must leave room */
     int32_t extra_type;        /* 3: control, 4: user-defined */
+    uint64_t no_ffn;           /* bit l: layer l's feed-forward block adds nothing */
     uint64_t seed;
 } tiny_options;
 
@@ -241,7 +242,10 @@ static TINY_UNUSED void tiny_layer(tiny_writer *w, const tiny_options *o, uint32
         else
             /* q and k twice as wide as the rest, so that attention is not near uniform */
             tiny_tensor(w, name, rows[i].type, rows[i].n_in, rows[i].n_out, 0.0f,
-                        (i == 1 || i == 2 ? 2.0f : 1.0f) / sqrtf((float)rows[i].n_in));
+                        (i == 8 && o->no_ffn >> layer & 1 ? 0.0f
+                         : i == 1 || i == 2               ? 2.0f
+                                                          : 1.0f) /
+                            sqrtf((float)rows[i].n_in));
     }
 }
 
