@@ -88,6 +88,19 @@ typedef struct kvs_select_ops {
     uint32_t (*reuse_of)(const double *params); /* layers in a row that share the first one's keep sets; NULL: 1 */
 } kvs_select_ops;
 
+/* Stage dispose: what becomes of the slots that go, one (layer, KV head) at a time; without one they are dropped. Every keep
+ * set is made, so nothing here can be refused. */
+typedef struct kvs_dispose_ops {
+    kvs_choice_info info;
+    uint32_t needs;
+    /* Folds slots that go (keep[i] 0) into slots that stay: writes values [n_slots][head_dim] of the latter, which hold
+     * what view->values does and are the same memory, and sets changed[i] (0 before) of each that it wrote. scores: those
+     * that the keep set was chosen by. */
+    void (*merge)(const double *params, const kvs_policy_view *view, const float *scores, const uint8_t *keep,
+                  float *values, uint8_t *changed);
+    size_t (*work_of)(const double *params, uint32_t n_slots, uint32_t head_dim);
+} kvs_dispose_ops;
+
 typedef struct kvs_policy {
     const kvs_policy_ops *ops;
     double params[KVS_POLICY_PARAMS_MAX]; /* of the preset, then the keep share (0: none) */
@@ -95,8 +108,10 @@ typedef struct kvs_policy {
     const kvs_rescore_ops *rescore;       /* NULL: none */
     const kvs_budget_ops *budget;         /* NULL: even shares */
     const kvs_select_ops *select;         /* NULL: single tokens */
+    const kvs_dispose_ops *dispose;       /* NULL: drop */
     double probe_params[KVS_POLICY_PARAMS_MAX], rescore_params[KVS_POLICY_PARAMS_MAX],
-        budget_params[KVS_POLICY_PARAMS_MAX], select_params[KVS_POLICY_PARAMS_MAX];
+        budget_params[KVS_POLICY_PARAMS_MAX], select_params[KVS_POLICY_PARAMS_MAX],
+        dispose_params[KVS_POLICY_PARAMS_MAX];
     kvs_schedule_kind schedule;
     uint64_t schedule_value; /* bytes, tokens or n */
     double keep_ratio;       /* > 0: share of what is there */
@@ -144,6 +159,7 @@ const kvs_probe_ops *kvs_probe_at(uint32_t index);
 const kvs_rescore_ops *kvs_rescore_at(uint32_t index);
 const kvs_budget_ops *kvs_budget_at(uint32_t index);
 const kvs_select_ops *kvs_select_at(uint32_t index);
+const kvs_dispose_ops *kvs_dispose_at(uint32_t index);
 
 /* ---- selection ---- */
 

@@ -76,6 +76,10 @@
     X(block)                                                                                                           \
     X(sentence)
 
+#define KVS_DISPOSES(X)                                                                                                \
+    X(merge)                                                                                                           \
+    X(cam)
+
 #define KVS_POLICY_DECLARE(name) extern const kvs_policy_ops kvs_policy_##name;
 KVS_POLICIES(KVS_POLICY_DECLARE)
 #define KVS_POLICY_ENTRY(name) &kvs_policy_##name,
@@ -119,6 +123,16 @@ const kvs_budget_ops *kvs_budget_at(uint32_t index)
 const kvs_select_ops *kvs_select_at(uint32_t index)
 {
     return index < sizeof selects / sizeof *selects ? selects[index] : NULL;
+}
+
+#define KVS_DISPOSE_DECLARE(name) extern const kvs_dispose_ops kvs_dispose_##name;
+#define KVS_DISPOSE_ENTRY(name)   &kvs_dispose_##name,
+KVS_DISPOSES(KVS_DISPOSE_DECLARE)
+static const kvs_dispose_ops *const disposes[] = {KVS_DISPOSES(KVS_DISPOSE_ENTRY)};
+
+const kvs_dispose_ops *kvs_dispose_at(uint32_t index)
+{
+    return index < sizeof disposes / sizeof *disposes ? disposes[index] : NULL;
 }
 
 const kvs_policy_ops *kvs_policy_at(uint32_t index)

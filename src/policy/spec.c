@@ -11,8 +11,8 @@
 static const char *const schedule_names[KVS_SCHEDULE_COUNT] = {"full",          "bytes", "tokens", "once",    "chunk",
                                                                "after_prefill", "step",  "every",  "turn_end"};
 static const char *const position_names[KVS_POSITION_COUNT] = {"rollback", "keep", "rerotate", "gapcap", "recompute"};
-static const char *const stage_names[] = {"schedule", "position", "protect", "keep",
-                                          "probe",    "rescore",  "budget",  "select"};
+static const char *const stage_names[] = {"schedule", "position", "protect", "keep",   "probe",
+                                          "rescore",  "budget",   "select",  "dispose"};
 
 const char *kvs_position_name(kvs_position_mode mode)
 {
@@ -265,7 +265,8 @@ static kvs_status parse_protect(const char *text, kvs_policy *p, kvs_error *err)
 
 /* What the word for "no such stage" says. */
 static const kvs_choice_info no_probe = {.name = "none"}, no_rescore = {.name = "none"},
-                             no_budget = {.name = "uniform"}, no_select = {.name = "token"};
+                             no_budget = {.name = "uniform"}, no_select = {.name = "token"},
+                             no_dispose = {.name = "drop"};
 
 static const kvs_choice_info *probe_info(uint32_t i)
 {
@@ -285,6 +286,12 @@ static const kvs_choice_info *budget_info(uint32_t i)
 static const kvs_choice_info *select_info(uint32_t i)
 {
     const kvs_select_ops *ops = kvs_select_at(i);
+    return ops == NULL ? NULL : &ops->info;
+}
+
+static const kvs_choice_info *dispose_info(uint32_t i)
+{
+    const kvs_dispose_ops *ops = kvs_dispose_at(i);
     return ops == NULL ? NULL : &ops->info;
 }
 
@@ -346,6 +353,14 @@ static kvs_status parse_select(const char *text, kvs_policy *p, kvs_error *err)
     return KVS_OK;
 }
 
+static kvs_status parse_dispose(const char *text, kvs_policy *p, kvs_error *err)
+{
+    uint32_t i;
+    KVS_TRY(parse_choice("dispose", no_dispose.name, dispose_info, text, &i, p->dispose_params, err));
+    p->dispose = i == UINT32_MAX ? NULL : kvs_dispose_at(i);
+    return KVS_OK;
+}
+
 static kvs_status parse_stage(const char *stage, const char *choice, kvs_policy *p, kvs_error *err)
 {
     if (strcmp(stage, "schedule") == 0)
@@ -364,6 +379,8 @@ static kvs_status parse_stage(const char *stage, const char *choice, kvs_policy 
         return parse_budget(choice, p, err);
     if (strcmp(stage, "select") == 0)
         return parse_select(choice, p, err);
+    if (strcmp(stage, "dispose") == 0)
+        return parse_dispose(choice, p, err);
     return unknown(err, "stage", stage, stage_names, sizeof stage_names / sizeof *stage_names);
 }
 
@@ -415,6 +432,8 @@ static void write_text(kvs_policy *p)
         at = write_choice(at, end, "budget", p->budget == NULL ? &no_budget : &p->budget->info, p->budget_params);
     if (p->select != NULL || p->ops->select != NULL)
         at = write_choice(at, end, "select", p->select == NULL ? &no_select : &p->select->info, p->select_params);
+    if (p->dispose != NULL)
+        at = write_choice(at, end, "dispose", &p->dispose->info, p->dispose_params);
     WRITE(" +schedule=%s", schedule_names[p->schedule]);
     if (p->schedule_value != 0)
         WRITE(":%s%llu%s", p->schedule == KVS_SCHEDULE_ONCE ? "at=" : "", (unsigned long long)p->schedule_value,
@@ -484,6 +503,23 @@ static kvs_policy_scope select_scope(const kvs_policy *p)
     return p->select == NULL || p->select->scope_of == NULL ? KVS_SCOPE_HEAD : p->select->scope_of(p->select_params);
 }
 
+static kvs_status check_dispose(const kvs_policy *p, kvs_error *err)
+{
+    if (p->dispose == NULL)
+        return KVS_OK;
+    if (p->position == KVS_POSITION_RECOMPUTE)
+        return kvs_error_set(err, KVS_EINVAL,
+                             "position recompute runs the kept tokens afresh, which undoes +dispose=%s; use another "
+                             "position",
+                             p->dispose->info.name);
+    if (p->dispose->needs & KVS_POLICY_NEEDS_MASS_SUM && kvs_policy_needs(p) & KVS_POLICY_NEEDS_MASS_LAST)
+        return kvs_error_set(err, KVS_EINVAL,
+                             "+dispose=%s weighs by the attention received so far, where %s has that of the latest "
+                             "forward recorded",
+                             p->dispose->info.name, p->ops->name);
+    return KVS_OK;
+}
+
 /* Stages that cannot stand together: named both, with the reason. */
 static kvs_status check_stages(const kvs_policy *p, kvs_error *err)
 {
@@ -492,6 +528,7 @@ static kvs_status check_stages(const kvs_policy *p, kvs_error *err)
                                          : p->rescore != NULL ? &p->rescore->info
                                          : p->budget != NULL  ? &p->budget->info
                                          : p->select != NULL  ? &p->select->info
+                                         : p->dispose != NULL ? &p->dispose->info
                                                               : NULL;
     if (p->ops->never_evicts && first != NULL)
         return kvs_error_set(err, KVS_EINVAL, "%s never evicts: the stage %s would never be asked", name, first->name);
@@ -528,7 +565,7 @@ static kvs_status check_stages(const kvs_policy *p, kvs_error *err)
                              "+select=%s:reuse=%u copies keep sets between layers, +budget=%s gives each head its own "
                              "number of slots: use reuse=1",
                              p->select->info.name, p->select->reuse_of(p->select_params), p->budget->info.name);
-    return KVS_OK;
+    return check_dispose(p, err);
 }
 
 /* What a preset says of itself under these parameters: a plug-in's may be anything. */
@@ -620,7 +657,7 @@ kvs_status kvs_policy_parse_tail(const kvs_policy_ops *ops, const char *tail, co
 uint32_t kvs_policy_needs(const kvs_policy *p)
 {
     return p->ops->needs | (p->ops->needs_of == NULL ? 0 : p->ops->needs_of(p->params)) |
-           (p->rescore == NULL ? 0 : p->rescore->needs);
+           (p->rescore == NULL ? 0 : p->rescore->needs) | (p->dispose == NULL ? 0 : p->dispose->needs);
 }
 
 /* The finer of what the scorer wants, as far as the selection goes along, and what the budget can share out. */
@@ -651,7 +688,11 @@ size_t kvs_policy_work(const kvs_policy *p, uint32_t n_slots, uint32_t head_dim)
     const size_t second = p->rescore == NULL || p->rescore->work_of == NULL
                               ? 0
                               : p->rescore->work_of(p->rescore_params, n_slots, head_dim);
-    return own > second ? own : second;
+    const size_t third = p->dispose == NULL || p->dispose->work_of == NULL
+                             ? 0
+                             : p->dispose->work_of(p->dispose_params, n_slots, head_dim);
+    const size_t scorers = own > second ? own : second;
+    return scorers > third ? scorers : third;
 }
 
 bool kvs_policy_is_ragged(const kvs_policy *p)

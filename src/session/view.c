@@ -226,10 +226,16 @@ kvs_policy_view kvs_view_facts(const kvs_session *s, uint32_t layer, uint32_t he
     };
 }
 
-kvs_policy_view kvs_view_contents(const kvs_session *s, uint32_t layer, uint32_t head, kvs_view_scratch *t)
+kvs_policy_view kvs_view_kv(const kvs_session *s, uint32_t layer, uint32_t head, kvs_view_scratch *t)
 {
     kvs_policy_view v = kvs_view_facts(s, layer, head, t);
     read_keys_and_values(s, &v, t);
+    return v;
+}
+
+kvs_policy_view kvs_view_contents(const kvs_session *s, uint32_t layer, uint32_t head, kvs_view_scratch *t)
+{
+    kvs_policy_view v = kvs_view_kv(s, layer, head, t);
     if (t->out_norm != NULL)
         read_out_norm(s, &v, t);
     return v;

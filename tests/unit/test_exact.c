@@ -408,6 +408,8 @@ static const char *const evicting[] = {
     "critical-adakv:window=16",
     "obcache-vk +select=sentence:longest=12",
     "dbudgetkv:threshold=0.2 +schedule=every:61",
+    "h2o +dispose=merge",
+    "snapkv:window=8 +dispose=cam +schedule=every:61",
 };
 enum { N_EVICTING = sizeof evicting / sizeof *evicting };
 
