@@ -63,7 +63,7 @@ typedef struct kvs_probe_ops {
     kvs_probe_kind kind; /* its parameters: tokens of a chunk (repeat), rows (lookahead, prompt) */
 } kvs_probe_ops;
 
-/* Stage budget: how many slots each head keeps, their sum being that of the even shares. All heads [n_layers *
+/* Stage budget: how many slots each head keeps, their sum being at most that of the even shares. All heads [n_layers *
  * n_kv_heads], layer by layer. */
 typedef struct kvs_budget_view {
     uint32_t n_layers, n_kv_heads;
@@ -76,6 +76,7 @@ typedef struct kvs_budget_ops {
     kvs_choice_info info;
     kvs_policy_scope scope; /* the finest sets it can share out to: KVS_SCOPE_LAYER keeps a layer's heads equal */
     uint32_t share_max;     /* even shares that one head can get; 0: as many as a layer has KV heads */
+    uint32_t (*recent_of)(const double *params); /* newest tokens that it protects; NULL: 0 */
     void (*allocate)(const double *params, const kvs_budget_view *view, uint32_t *n_keep);
 } kvs_budget_ops;
 
@@ -86,6 +87,9 @@ typedef struct kvs_select_ops {
     kvs_policy_scope (*scope_of)(const double *params); /* the finest sets it chooses; NULL: the scorer's */
     void (*units)(const double *params, const kvs_policy_view *view, uint32_t *unit);
     uint32_t (*reuse_of)(const double *params); /* layers in a row that share the first one's keep sets; NULL: 1 */
+    /* What stays of the units; NULL: kvs_select_by_units. At most n_keep stay. scratch: [3 n] u64. */
+    kvs_status (*choose)(const kvs_protect *protect, const kvs_policy_view *view, const float *scores,
+                         const uint32_t *unit, uint32_t n_keep, uint8_t *keep, uint64_t *scratch, kvs_error *err);
 } kvs_select_ops;
 
 /* Stage dispose: what becomes of the slots that go, one (layer, KV head) at a time; without one they are dropped. Every keep

@@ -51,7 +51,8 @@
     X(non_causal_attention)                                                                                            \
     X(compactor)                                                                                                       \
     X(qfilter)                                                                                                         \
-    X(cascading)
+    X(cascading)                                                                                                       \
+    X(hae)
 
 #define KVS_PROBES(X)                                                                                                  \
     X(repeat)                                                                                                          \
@@ -62,19 +63,22 @@
 #define KVS_RESCORES(X)                                                                                                \
     X(caote)                                                                                                           \
     X(obcache_v)                                                                                                       \
-    X(critical)
+    X(critical)                                                                                                        \
+    X(first)
 
 #define KVS_BUDGETS(X)                                                                                                 \
     X(pyramid)                                                                                                         \
     X(ada)                                                                                                             \
     X(global)                                                                                                          \
     X(composite)                                                                                                       \
-    X(skip)
+    X(skip)                                                                                                            \
+    X(threshold)
 
 #define KVS_SELECTS(X)                                                                                                 \
     X(chunk)                                                                                                           \
     X(block)                                                                                                           \
-    X(sentence)
+    X(sentence)                                                                                                        \
+    X(within)
 
 #define KVS_DISPOSES(X)                                                                                                \
     X(merge)                                                                                                           \

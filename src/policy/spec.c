@@ -532,7 +532,12 @@ static kvs_status check_stages(const kvs_policy *p, kvs_error *err)
                                                               : NULL;
     if (p->ops->never_evicts && first != NULL)
         return kvs_error_set(err, KVS_EINVAL, "%s never evicts: the stage %s would never be asked", name, first->name);
-    const uint32_t needs = kvs_policy_needs(p);
+    const uint32_t needs = kvs_policy_needs(p),
+                   own = p->ops->needs | (p->ops->needs_of == NULL ? 0 : p->ops->needs_of(p->params));
+    if (p->rescore != NULL && p->rescore->needs & own & KVS_POLICY_NEEDS_CARRY)
+        return kvs_error_set(err, KVS_EINVAL,
+                             "+rescore=%s remembers a number a slot, and so does %s: there is room for one",
+                             p->rescore->info.name, name);
     const bool rows = p->probe != NULL && (p->probe->kind == KVS_PROBE_LOOKAHEAD || p->probe->kind == KVS_PROBE_PROMPT);
     if (needs & KVS_POLICY_NEEDS_PROBE && (p->probe == NULL || rows))
         return kvs_error_set(err, KVS_EINVAL,
@@ -638,6 +643,8 @@ kvs_status kvs_policy_parse_tail(const kvs_policy_ops *ops, const char *tail, co
         KVS_TRY(parse_params(value.text, &target, err));
     }
     KVS_TRY(parse_stages(tail, &p, err));
+    if (p.budget != NULL && p.budget->recent_of != NULL)
+        p.protect.recent = kvs_max_u32(p.protect.recent, p.budget->recent_of(p.budget_params));
     if (position != NULL)
         KVS_TRY(kvs_position_parse(position, &p.position, &p.gap_cap, err));
     p.params[p.ops->n_params] = p.keep_ratio;

@@ -465,8 +465,8 @@ static void select_task(void *ctx, uint32_t set, uint32_t thread)
         status = kvs_select(&p->protect, &v, scores_of(x, head), e->n_keep[head], keep_of(x, head), t->select, &err);
     } else {
         p->select->units(p->select_params, &v, t->unit);
-        status = kvs_select_by_units(&p->protect, &v, scores_of(x, head), t->unit, e->n_keep[head], keep_of(x, head),
-                                     t->select, &err);
+        status = (p->select->choose != NULL ? p->select->choose : kvs_select_by_units)(
+            &p->protect, &v, scores_of(x, head), t->unit, e->n_keep[head], keep_of(x, head), t->select, &err);
     }
     if (status != KVS_OK)
         refuse(x, head, &err);
