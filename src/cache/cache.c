@@ -638,21 +638,27 @@ bool kvs_cache_own_kept(kvs_cache *c, uint32_t layer, uint32_t head, const uint8
     return true;
 }
 
-/* The values of the live slots of page e; changed and values are the page's first slot's. */
-static void write_page_values(const kvs_cache *c, uint32_t e, const float *values, const uint8_t *changed)
+/* The live slots of page e; keys (or NULL), values and changed are its first slot's. */
+static void write_page_kv(const kvs_cache *c, uint32_t e, const float *keys, const float *values,
+                          const uint8_t *changed)
 {
     const kvs_kernels *const k = kvs_kernels_get(kvs_cpu_masked(0));
     const uint32_t dh = c->config.head_dim;
     const size_t row_bytes = c->config.kv_f32 ? dh * sizeof(float) : dh * sizeof(uint16_t);
-    uint8_t *const rows = kvs_page_values(c, &c->pages[e]);
-    for (uint64_t bits = c->pages[e].live; bits != 0; bits &= bits - 1, values += dh) {
-        uint8_t *const row = rows + (size_t)__builtin_ctzll(bits) * row_bytes;
+    const kvs_page *const p = &c->pages[e];
+    size_t at = 0;
+    for (uint64_t bits = p->live; bits != 0; bits &= bits - 1, at += dh) {
+        const uint32_t slot = (uint32_t)__builtin_ctzll(bits);
+        uint8_t *const row = kvs_page_values(c, p) + slot * row_bytes;
         if (*changed++ == 0)
             continue;
-        if (c->config.kv_f32)
-            memcpy(row, values, row_bytes);
+        if (keys != NULL)
+            kvs_page_write(kvs_page_keys(c, p), kvs_page_values(c, p), slot, keys + at, values + at, dh,
+                           c->config.kv_f32);
+        else if (c->config.kv_f32)
+            memcpy(row, values + at, row_bytes);
         else
-            k->f32_to_f16((uint16_t *)(void *)row, values, dh);
+            k->f32_to_f16((uint16_t *)(void *)row, values + at, dh);
     }
 }
 
@@ -662,7 +668,8 @@ static bool own_changed(kvs_cache *c, uint32_t e, const uint8_t *changed, uint32
     return memchr(changed, 1, n) == NULL || kvs_cache_entry_own(c, e);
 }
 
-void kvs_cache_write_values(kvs_cache *c, uint32_t layer, uint32_t head, const float *values, const uint8_t *changed)
+void kvs_cache_write_kv(kvs_cache *c, uint32_t layer, uint32_t head, const float *keys, const float *values,
+                        const uint8_t *changed)
 {
     kvs_head *h = kvs_cache_head(c, layer, head);
     uint32_t i = 0;
@@ -675,7 +682,8 @@ void kvs_cache_write_values(kvs_cache *c, uint32_t layer, uint32_t head, const f
     if (!owned) /* moves all slots into the pages that kvs_cache_own_kept made this cache's own */
         kvs_head_compact(c, h);
     for (uint32_t e = h->first; e != KVS_NO_PAGE; e = c->pages[e].next) {
-        write_page_values(c, e, values + (size_t)i * c->config.head_dim, changed + i);
+        const size_t at = (size_t)i * c->config.head_dim;
+        write_page_kv(c, e, keys == NULL ? NULL : keys + at, values + at, changed + i);
         i += (uint32_t)__builtin_popcountll(c->pages[e].live);
     }
     kvs_cache_meter_update(c);

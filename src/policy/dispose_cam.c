@@ -60,8 +60,9 @@ static double chance(const kvs_policy_view *v, uint32_t i, const uint32_t *into,
 }
 
 static void merge(const double *params, const kvs_policy_view *view, const float *scores, const uint8_t *keep,
-                  float *values, uint8_t *changed)
+                  float *keys_raw, float *values, uint8_t *changed)
 {
+    (void)keys_raw;
     const uint32_t n = view->n_slots, dh = view->head_dim, n_next = (uint32_t)params[0];
     uint32_t *const chosen = (uint32_t *)(void *)view->work, *const kept = chosen + n, n_kept = 0;
     choose(params, view, scores, keep, chosen, kept);

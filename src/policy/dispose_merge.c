@@ -103,8 +103,9 @@ static void add(const kvs_policy_view *v, uint32_t i, const merge_work *w, uint8
 }
 
 static void merge(const double *params, const kvs_policy_view *view, const float *scores, const uint8_t *keep,
-                  float *values, uint8_t *changed)
+                  float *keys_raw, float *values, uint8_t *changed)
 {
+    (void)keys_raw;
     (void)scores;
     const uint32_t n = view->n_slots, dh = view->head_dim;
     const merge_work w = lay_out(view);

@@ -101,7 +101,9 @@ typedef struct kvs_dispose_ops {
      * what view->values does and are the same memory, and sets changed[i] (0 before) of each that it wrote. scores: those
      * that the keep set was chosen by. */
     void (*merge)(const double *params, const kvs_policy_view *view, const float *scores, const uint8_t *keep,
-                  float *values, uint8_t *changed);
+                  float *keys_raw, float *values, uint8_t *changed);
+    /* Whether keys change too: keys_raw is then view->keys_raw as values is view->values, else NULL. NULL: never. */
+    bool (*writes_keys)(const double *params);
     size_t (*work_of)(const double *params, uint32_t n_slots, uint32_t head_dim);
 } kvs_dispose_ops;
 

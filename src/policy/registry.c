@@ -82,7 +82,8 @@
 
 #define KVS_DISPOSES(X)                                                                                                \
     X(merge)                                                                                                           \
-    X(cam)
+    X(cam)                                                                                                             \
+    X(nearest)
 
 #define KVS_POLICY_DECLARE(name) extern const kvs_policy_ops kvs_policy_##name;
 KVS_POLICIES(KVS_POLICY_DECLARE)

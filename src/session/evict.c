@@ -573,6 +573,11 @@ typedef struct disposal {
     uint32_t first;
 } disposal;
 
+static bool writes_keys(const kvs_policy *p)
+{
+    return p->dispose->writes_keys != NULL && p->dispose->writes_keys(p->dispose_params);
+}
+
 static void dispose_task(void *ctx, uint32_t i, uint32_t thread)
 {
     (void)thread;
@@ -584,9 +589,10 @@ static void dispose_task(void *ctx, uint32_t i, uint32_t thread)
     kvs_policy_view v = kvs_view_kv(x->s, head / x->n_kv_heads, head % x->n_kv_heads, t);
     v.n_keep = x->s->scratch.n_keep[head];
     memset(t->changed, 0, v.n_slots);
+    float *const keys = writes_keys(p) ? t->keys_raw : NULL;
     if (memchr(keep, 0, v.n_slots) != NULL)
-        p->dispose->merge(p->dispose_params, &v, scores_of(x, leader_of(x, head - head % x->step)), keep, t->values,
-                          t->changed);
+        p->dispose->merge(p->dispose_params, &v, scores_of(x, leader_of(x, head - head % x->step)), keep, keys,
+                          t->values, t->changed);
     uint32_t to = 0;
     for (uint32_t k = 0; k < v.n_slots; k++) {
         if (keep[k] == 0)
@@ -594,9 +600,14 @@ static void dispose_task(void *ctx, uint32_t i, uint32_t thread)
         if (to != k)
             memcpy(t->values + (size_t)to * v.head_dim, t->values + (size_t)k * v.head_dim,
                    v.head_dim * sizeof *t->values);
+        if (to != k && keys != NULL)
+            memcpy(keys + (size_t)to * v.head_dim, keys + (size_t)k * v.head_dim, v.head_dim * sizeof *keys);
+        t->key_rot[to] = t->key_rot[k];
         t->changed[to++] = t->changed[k] != 0;
     }
     t->n_kept = to;
+    if (keys != NULL)
+        kvs_view_rotate(x->s, keys, t->key_rot, to);
 }
 
 /* The next heads, one a thread. */
@@ -648,7 +659,8 @@ static void apply(const eviction *x)
         kvs_cache_keep(s->cache, layer, head, s->scratch.keep + (size_t)h * s->scratch.n_slots);
         compact(s, layer, head);
         if (s->policy.dispose != NULL && memchr(t->changed, 1, t->n_kept) != NULL)
-            kvs_cache_write_values(s->cache, layer, head, t->values, t->changed);
+            kvs_cache_write_kv(s->cache, layer, head, writes_keys(&s->policy) ? t->keys_raw : NULL, t->values,
+                               t->changed);
         if (h == 0 || !s->uniform) /* else as head 0 */
             next = place(s, layer, head);
         kvs_cache_set_rope(s->cache, layer, head, s->scratch.kept_rope, next);

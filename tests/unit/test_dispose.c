@@ -29,7 +29,8 @@ static void dispose(const char *spec)
     memset(changed, 0, n);
     b.view.work = malloc((kvs_policy_work(&p, n, HEAD_DIM) + 1) * sizeof(float));
     assert_non_null(b.view.work);
-    p.dispose->merge(p.dispose_params, &b.view, b.scores, b.keep, b.values, changed);
+    float *const keys = p.dispose->writes_keys != NULL && p.dispose->writes_keys(p.dispose_params) ? b.keys_raw : NULL;
+    p.dispose->merge(p.dispose_params, &b.view, b.scores, b.keep, keys, b.values, changed);
     free(b.view.work);
     b.view.work = NULL;
     for (uint32_t i = 0; i < n; i++) {
@@ -308,6 +309,65 @@ static void cam_merges_more_than_was_said(void **state)
     assert_int_equal(changed[22], 0);
 }
 
+/* ---- nearest ---- */
+
+static uint32_t nearest_kept(const int32_t *pos, const uint8_t *keep, uint32_t i, uint32_t n)
+{
+    uint32_t best = n;
+    for (uint32_t k = 0; k < n; k++)
+        if (keep[k] && (best == n || abs(pos[k] - pos[i]) < abs(pos[best] - pos[i])))
+            best = k;
+    return best;
+}
+
+/* Row k of rows and of those that join it, in double precision. */
+static void mean_of(const float *rows, const int32_t *pos, const uint8_t *keep, uint32_t k, uint32_t n, uint32_t dim,
+                    double *mean, uint32_t *n_in)
+{
+    *n_in = 0;
+    for (uint32_t d = 0; d < dim; d++)
+        mean[d] = (double)rows[(size_t)k * dim + d];
+    for (uint32_t i = 0; i < n; i++) {
+        if (keep[i] || nearest_kept(pos, keep, i, n) != k)
+            continue;
+        ++*n_in;
+        for (uint32_t d = 0; d < dim; d++)
+            mean[d] += (double)rows[(size_t)i * dim + d];
+    }
+    for (uint32_t d = 0; d < dim; d++)
+        mean[d] /= *n_in + 1;
+}
+
+static void nearest_is_not_the_mean(void **state)
+{
+    (void)state;
+    kvs_rng rng = {19};
+    static float keys[UNIT_MAX * HEAD_DIM];
+    for (int round = 0; round < 100; round++) {
+        const uint32_t n = 2 + kvs_rng_below(&rng, UNIT_MAX - 2);
+        fill_view(&rng, n);
+        draw_keep(&rng, n, 2);
+        memcpy(keys, b.keys_raw, (size_t)n * HEAD_DIM * sizeof *keys);
+        dispose(round % 2 ? "streaming +dispose=nearest" : "streaming +dispose=nearest:keys=0");
+        for (uint32_t k = 0; k < n; k++) {
+            double value[HEAD_DIM], key[HEAD_DIM];
+            uint32_t n_in;
+            if (!b.keep[k])
+                continue;
+            mean_of(before, b.pos, b.keep, k, n, HEAD_DIM, value, &n_in);
+            mean_of(keys, b.pos, b.keep, k, n, HEAD_DIM, key, &n_in);
+            assert_int_equal(changed[k], n_in > 0);
+            /* Two roundings a slot that joined, of what is below 3.1, and two more. */
+            const double bound = 0x1p-24 * 3.1 * (2 * n_in + 2);
+            for (uint32_t d = 0; d < HEAD_DIM; d++) {
+                const double key_want = round % 2 ? key[d] : (double)keys[k * HEAD_DIM + d];
+                assert_true(fabs((double)b.values[k * HEAD_DIM + d] - value[d]) <= bound);
+                assert_true(fabs((double)b.keys_raw[k * HEAD_DIM + d] - key_want) <= bound);
+            }
+        }
+    }
+}
+
 /* ---- sessions ------------------------------------------------------------------------------------------------------ */
 
 static int32_t tokens[N], other[N];
@@ -390,34 +450,82 @@ static void merging_nothing_differs_from_dropping(void **state)
         }
 }
 
-/* The values of one head, f32. */
-static uint32_t read_values(const kvs_session *s, uint32_t layer, uint32_t head, float *out)
+/* Values, then keys of one head, f32. */
+static uint32_t read_kv(const kvs_session *s, uint32_t layer, uint32_t head, float *out)
 {
-    kvs_cache_read_kv(s->cache, layer, head, NULL, out);
-    return kvs_cache_n_live(s->cache, layer, head);
+    const uint32_t n = kvs_cache_n_live(s->cache, layer, head);
+    kvs_cache_read_kv(s->cache, layer, head, out + (size_t)n * 32, out);
+    return n;
 }
 
 static void a_merge_shows_in_a_fork(void **state)
 {
     (void)state;
-    static float was[N * 32], is[N * 32];
-    static const char *const ways[] = {"h2o +dispose=merge", "h2o +dispose=cam:all=1"};
+    static float was[2 * N * 32], is[2 * N * 32];
+    static const char *const ways[] = {"h2o +dispose=merge", "h2o +dispose=cam:all=1", "h2o +dispose=nearest"};
     for (int k = 0; k < 2; k++)
-        for (int i = 0; i < 2; i++) {
+        for (int i = 0; i < 3; i++) {
             kvs_session *s = open_session(ways[i], TIGHT, kv_types[k]), *child;
             kvs_error err = {.message = ""};
             run_whole(ways[i], kv_types[k], expected);
             run(s, 0, TIGHT, got);
             assert_int_equal(kvs_session_fork(s, NULL, &child, &err), KVS_OK);
-            const uint32_t n = read_values(child, 1, 2, was);
+            const uint32_t n = read_kv(child, 1, 2, was);
             run(s, TIGHT, N, got); /* evicts and merges with the first new row */
             assert_int_equal(fx_differs(expected, got, N, VOCAB), N);
-            assert_int_equal(read_values(child, 1, 2, is), n);
-            assert_memory_equal(was, is, (size_t)n * 32 * sizeof *was);
+            assert_int_equal(read_kv(child, 1, 2, is), n);
+            assert_memory_equal(was, is, (size_t)n * 64 * sizeof *was);
             memset(got + (size_t)TIGHT * VOCAB, 0, sizeof(float) * VOCAB * (N - TIGHT));
             run(child, TIGHT, N, got);
             assert_int_equal(fx_differs(expected, got, N, VOCAB), N);
             kvs_session_free(&child);
+            kvs_session_free(&s);
+        }
+}
+
+/* What a session's heads hold after an eviction, before rotation, are the means of what they held before it. */
+static void keys_are_merged_rotated(void **state)
+{
+    (void)state;
+    static const char *const positions[] = {"keep", "rerotate", "rollback"};
+    static float keys[200 * 32], values[200 * 32];
+    for (int i = 0; i < 3; i++)
+        for (uint32_t head = 0; head < 6; head++) {
+            char spec[96];
+            snprintf(spec, sizeof spec, "h2o +dispose=nearest +position=%s", positions[i]);
+            kvs_session *s = open_session(spec, ROOMY, KVS_KV_F32);
+            kvs_error err = {.message = ""};
+            run(s, 0, 200, got);
+            int32_t pos[200];
+            uint8_t keep[200] = {0};
+            kvs_policy_view v = kvs_view_kv(s, head / 3, head % 3, &s->scratch.threads[0]);
+            memcpy(keys, v.keys_raw, sizeof keys);
+            memcpy(values, v.values, sizeof values);
+            memcpy(pos, v.pos, sizeof pos);
+            assert_int_equal(kvs_session_evict(s, 90, &err), KVS_OK);
+            v = kvs_view_kv(s, head / 3, head % 3, &s->scratch.threads[0]);
+            assert_int_equal(v.n_slots, 90);
+            for (uint32_t k = 0; k < 90; k++)
+                keep[v.pos[k]] = 1;
+            uint32_t n_merged = 0;
+            for (uint32_t k = 0; k < 90; k++) {
+                double key[32], value[32], most = 0;
+                uint32_t n_in;
+                mean_of(values, pos, keep, (uint32_t)v.pos[k], 200, 32, value, &n_in);
+                mean_of(keys, pos, keep, (uint32_t)v.pos[k], 200, 32, key, &n_in);
+                for (uint32_t d = 0; d < 200 * 32; d++)
+                    most = fmax(most, fmax(fabs((double)keys[d]), fabs((double)values[d])));
+                /* Two roundings a slot that joined; three for each of three rotations by angles that are themselves rounded. */
+                const double bound = 0x1p-24 * most * 2 * (2 * n_in + 20);
+                for (uint32_t d = 0; d < 32; d++) {
+                    assert_true(fabs((double)v.values[k * 32 + d] - value[d]) <= bound);
+                    if (!(fabs((double)v.keys_raw[k * 32 + d] - key[d]) <= bound))
+                        fail_msg("%s, head %u, slot %u: key %.9g, expected %.9g", positions[i], head, k,
+                                 (double)v.keys_raw[k * 32 + d], key[d]);
+                }
+                n_merged += n_in;
+            }
+            assert_int_equal(n_merged, 110);
             kvs_session_free(&s);
         }
 }
@@ -527,7 +635,7 @@ static void writing_runs_out_of_blocks(void **state)
                     kvs_kernels_get(0)->f16_to_f32(to, &half, 1);
             }
         }
-        kvs_cache_write_values(child, 0, 0, fresh, written);
+        kvs_cache_write_kv(child, 0, 0, NULL, fresh, written);
         holds(child, kept_keys, kept_values, n);
         holds(parent, keys, values, ROOM);
         kvs_cache_free(&child);
@@ -571,6 +679,8 @@ int main(void)
         cmocka_unit_test(cam_merges_what_got_no_attention),
         cmocka_unit_test(cam_coin_is_loaded),
         cmocka_unit_test(cam_merges_more_than_was_said),
+        cmocka_unit_test(nearest_is_not_the_mean),
+        cmocka_unit_test(keys_are_merged_rotated),
         cmocka_unit_test(merging_nothing_differs_from_dropping),
         cmocka_unit_test(a_merge_shows_in_a_fork),
         cmocka_unit_test(a_smaller_fork_cannot_merge),

@@ -409,6 +409,7 @@ static const char *const evicting[] = {
     "obcache-vk +select=sentence:longest=12",
     "dbudgetkv:threshold=0.2 +schedule=every:61",
     "h2o +dispose=merge",
+    "h2o +dispose=nearest",
     "snapkv:window=8 +dispose=cam +schedule=every:61",
 };
 enum { N_EVICTING = sizeof evicting / sizeof *evicting };
