@@ -3,9 +3,7 @@
  * it averages them as they stand, each rotated to a position of its own, where the mean is a rotation of nothing. Here keys are averaged
  * before rotation and stand where the kept slot does. keys=0 leaves them as they were written. Deviation: a slot that took others in at an
  * earlier eviction counts as one.
- * The paper's whole pruning of a prompt, whose ratio is 0.2, with 4 sinks and the last token:
- * `observed_attention:norm=0 +select=chunk:length=1 +dispose=nearest +keep=0.8 +schedule=after_prefill +protect=sinks:4,recent:1`.
- * Its rule for decoding, one slot a step at a fixed index, is not here. */
+ * The preset `elastic` is the paper's pruning of a prompt with it. */
 #include "policy/policy.h"
 
 #include <string.h>

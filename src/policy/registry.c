@@ -52,7 +52,8 @@
     X(compactor)                                                                                                       \
     X(qfilter)                                                                                                         \
     X(cascading)                                                                                                       \
-    X(hae)
+    X(hae)                                                                                                             \
+    X(elastic)
 
 #define KVS_PROBES(X)                                                                                                  \
     X(repeat)                                                                                                          \
@@ -198,7 +199,7 @@ bool kvs_policy_get_info(uint32_t index, kvs_policy_info *info)
         return false;
     static const char *const scopes[] = {"shared", "layer", "head"};
     snprintf(stages, sizeof stages,
-             "schedule=%s%s%s score=%s%s%s budget=%s select=%s(%s) keep=%s dispose=drop position=%s", ops->schedule,
+             "schedule=%s%s%s score=%s%s%s budget=%s select=%s(%s) keep=%s dispose=%s position=%s", ops->schedule,
              ops->probe != NULL ? " probe=" : "", ops->probe != NULL ? ops->probe : "", ops->name,
              ops->rescore != NULL ? " rescore=" : "", ops->rescore != NULL ? ops->rescore : "",
              ops->budget != NULL ? ops->budget : "uniform",
@@ -209,7 +210,7 @@ bool kvs_policy_get_info(uint32_t index, kvs_policy_info *info)
              ops->never_evicts   ? "all"
              : ops->keep != NULL ? ops->keep
                                  : "budget-chunk",
-             ops->position);
+             ops->dispose != NULL ? ops->dispose : "drop", ops->position);
     *info = (kvs_policy_info){
         .name = ops->name,
         .doc = ops->doc,

@@ -432,8 +432,8 @@ static void write_text(kvs_policy *p)
         at = write_choice(at, end, "budget", p->budget == NULL ? &no_budget : &p->budget->info, p->budget_params);
     if (p->select != NULL || p->ops->select != NULL)
         at = write_choice(at, end, "select", p->select == NULL ? &no_select : &p->select->info, p->select_params);
-    if (p->dispose != NULL)
-        at = write_choice(at, end, "dispose", &p->dispose->info, p->dispose_params);
+    if (p->dispose != NULL || p->ops->dispose != NULL)
+        at = write_choice(at, end, "dispose", p->dispose == NULL ? &no_dispose : &p->dispose->info, p->dispose_params);
     WRITE(" +schedule=%s", schedule_names[p->schedule]);
     if (p->schedule_value != 0)
         WRITE(":%s%llu%s", p->schedule == KVS_SCHEDULE_ONCE ? "at=" : "", (unsigned long long)p->schedule_value,
@@ -632,6 +632,8 @@ kvs_status kvs_policy_parse_tail(const kvs_policy_ops *ops, const char *tail, co
         KVS_TRY(parse_budget(p.ops->budget, &p, err));
     if (p.ops->select != NULL)
         KVS_TRY(parse_select(p.ops->select, &p, err));
+    if (p.ops->dispose != NULL)
+        KVS_TRY(parse_dispose(p.ops->dispose, &p, err));
     if (paper_compat) {
         p.protect = (kvs_protect){0};
         p.position = KVS_POSITION_ROLLBACK;

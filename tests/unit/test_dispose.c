@@ -667,6 +667,10 @@ static void stages_that_cannot_stand_together_do(void **state)
     assert_string_equal(p.text, q.text);
     assert_non_null(strstr(p.text, "+dispose=merge:threshold=0,fraction=0.75"));
     assert_null(parse("streaming +dispose=merge +dispose=drop").dispose);
+    const kvs_policy elastic = parse("elastic"), bare = parse("elastic +dispose=drop"), again = parse(bare.text);
+    assert_string_equal(elastic.dispose->info.name, "nearest");
+    assert_null(again.dispose);
+    assert_string_equal(bare.text, again.text);
 }
 
 int main(void)
