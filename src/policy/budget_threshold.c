@@ -1,8 +1,9 @@
-/* A score decides, not a count: what falls below `least` goes as soon as it is out of the newest `window` tokens; how much that is
- * follows from the text, head by head. Source: kvpress's DMSPress, after Dynamic Memory Sparsification (arXiv:2506.05345) without its
- * trained evictors: window 128; `least` has no default there, and 0 drops nothing of what scores 0 or more. With
- * +rescore=first a slot's first score is its last, and +schedule=step asks as often as kvpress does. Deviation: a cap on bytes outranks the
- * threshold; where more passes it than fits, the best of all heads stay (+budget=global). */
+/* A score decides, not a count: what falls below `least` goes as soon as it is out of the newest `window` tokens;
+ * how much that is follows from the text, head by head. Source: kvpress's DMSPress, after Dynamic Memory
+ * Sparsification (arXiv:2506.05345) without its trained evictors: window 128; `least` has no default there, and 0
+ * drops nothing of what scores 0 or more. With +rescore=first a slot's first score is its last, and +schedule=step
+ * asks as often as kvpress does. Deviation: a cap on bytes outranks the threshold; where more passes it than fits,
+ * the best of all heads stay (+budget=global). */
 #include "policy/budget_pool.h"
 
 static const kvs_param_info params_info[] = {

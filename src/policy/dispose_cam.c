@@ -1,9 +1,10 @@
-/* CaM, cache merging: the value of a slot that goes is shared out over the next kept ones by the toss of a coin, likelier the more attention
- * the slot received beside theirs: p = clamp(A / mean A of those slots, 0, 1), then v / m is added to each of the m. What
- * the m slots weigh in is then the slot's own weight on average. Source: Zhang et al., ICML 2024 (openreview LCTmppB165), in the
- * batched form of kvpress's CAMPress: `next` 32 (the paper's repository: 16), and of what goes the best scored are merged, as many as
- * tokens were said since the last eviction; the rest is dropped (all=1: none is).
- * Deviations: A counts the rows of prompts too, where kvpress counts decoding only; the coin is keyed by (seed, event, layer, head, pos). */
+/* CaM, cache merging: the value of a slot that goes is shared out over the next kept ones by the toss of a coin,
+ * likelier the more attention the slot received beside theirs: p = clamp(A / mean A of those slots, 0, 1), then v
+ * / m is added to each of the m. What the m slots weigh in is then the slot's own weight on average. Source: Zhang
+ * et al., ICML 2024 (openreview LCTmppB165), in the batched form of kvpress's CAMPress: `next` 32 (the paper's
+ * repository: 16), and of what goes the best scored are merged, as many as tokens were said since the last
+ * eviction; the rest is dropped (all=1: none is). Deviations: A counts the rows of prompts too, where kvpress
+ * counts decoding only; the coin is keyed by (seed, event, layer, head, pos). */
 #include "policy/policy.h"
 
 static const kvs_param_info params_info[] = {

@@ -1,9 +1,10 @@
-/* Merge on eviction: the value of each slot that goes is folded into the kept slot whose key is most alike, weighted by likeness and
- * by the norms of both values; keys stay as they were written. Source: kvpress's MergingPress, which names Bolya et al.
- * (arXiv:2210.09461) and D2O (arXiv:2406.13035) as what it is like; threshold and fraction as there. A kept value becomes
- * (v + sum w v_e) / (1 + sum w), written here as v + sum w (v_e - v) / (1 + sum w): equal values then stay equal to the last bit.
- * Deviations: a fraction below 1 counts ranks where kvpress interpolates a quantile, which turns NaN beside a slot under the threshold;
- * of keys that are equally alike the newer is taken (there: whichever topk lists first). */
+/* Merge on eviction: the value of each slot that goes is folded into the kept slot whose key is most alike,
+ * weighted by likeness and by the norms of both values; keys stay as they were written. Source: kvpress's
+ * MergingPress, which names Bolya et al. (arXiv:2210.09461) and D2O (arXiv:2406.13035) as what it is like;
+ * threshold and fraction as there. A kept value becomes (v + sum w v_e) / (1 + sum w), written here as v + sum w
+ * (v_e - v) / (1 + sum w): equal values then stay equal to the last bit. Deviations: a fraction below 1 counts
+ * ranks where kvpress interpolates a quantile, which turns NaN beside a slot under the threshold; of keys that are
+ * equally alike the newer is taken (there: whichever topk lists first). */
 #include "policy/policy.h"
 
 #include <math.h>

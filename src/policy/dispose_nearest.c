@@ -1,9 +1,9 @@
-/* Elastic Cache's merging (arXiv:2407.18121): each slot that goes joins the kept slot that stands nearest, which becomes the plain mean of itself
- * and all that joined it. Of two as near the older, as the repository's argmin. keys=1 merges keys too, as the paper does;
- * it averages them as they stand, each rotated to a position of its own, where the mean is a rotation of nothing. Here keys are averaged
- * before rotation and stand where the kept slot does. keys=0 leaves them as they were written. Deviation: a slot that took others in at an
- * earlier eviction counts as one.
- * The preset `elastic` is the paper's pruning of a prompt with it. */
+/* Elastic Cache's merging (arXiv:2407.18121): each slot that goes joins the kept slot that stands nearest, which
+ * becomes the plain mean of itself and all that joined it. Of two as near the older, as the repository's argmin.
+ * keys=1 merges keys too, as the paper does; it averages them as they stand, each rotated to a position of its
+ * own, where the mean is a rotation of nothing. Here keys are averaged before rotation and stand where the kept
+ * slot does. keys=0 leaves them as they were written. Deviation: a slot that took others in at an earlier eviction
+ * counts as one. The preset `elastic` is the paper's pruning of a prompt with it. */
 #include "policy/policy.h"
 
 #include <string.h>

@@ -1,7 +1,8 @@
-/* Elastic Cache (arXiv:2407.18121), a method for images and text, on a prompt: what it attends to least by the sum over its rows joins the kept slot
- * that stands nearest, in all heads of a layer alike. The first 4 tokens and the last stay, a fifth goes (its run script's ratio). Where its code
- * is at odds with itself the paper's meaning is taken: ranks, not the order of a sort, decide, and every index counts the first tokens.
- * Deviations: keys are averaged before rotation (dispose_nearest.c); its rule for decoding, one slot a step at a fixed index, is not
+/* Elastic Cache (arXiv:2407.18121), a method for images and text, on a prompt: what it attends to least by the sum
+ * over its rows joins the kept slot that stands nearest, in all heads of a layer alike. The first 4 tokens and the
+ * last stay, a fifth goes (its run script's ratio). Where its code is at odds with itself the paper's meaning is
+ * taken: ranks, not the order of a sort, decide, and every index counts the first tokens. Deviations: keys are
+ * averaged before rotation (dispose_nearest.c); its rule for decoding, one slot a step at a fixed index, is not
  * here: while the answer grows only a full budget evicts, by the same score. */
 #include "policy/policy.h"
 

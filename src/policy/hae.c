@@ -1,10 +1,11 @@
-/* HAE's eviction while decoding, as a port to text. Source: "Hierarchical Adaptive Eviction", arXiv:2602.02197, a method for images and
- * text whose code and thresholds are not published. What exceeds the cache's bound, least attended first, is marked for
- * a recycle bin; the bin is emptied in one batch when it holds more than `bin`; a slot whose attention recovers before is taken out again.
- * Reconstructed: a marked slot goes on being attended to, since it could not recover otherwise, so marks show only when the bin is
- * emptied: what is least attended then goes. bin 64 is ours, the slots of a page. The paper's pruning of prompts (one index set, from the
- * first layer's attention, for all layers) is `observed_attention +select=chunk:length=1,reuse=1024 +schedule=after_prefill`, without
- * its second criterion. */
+/* HAE's eviction while decoding, as a port to text. Source: "Hierarchical Adaptive Eviction", arXiv:2602.02197, a
+ * method for images and text whose code and thresholds are not published. What exceeds the cache's bound, least
+ * attended first, is marked for a recycle bin; the bin is emptied in one batch when it holds more than `bin`; a
+ * slot whose attention recovers before is taken out again. Reconstructed: a marked slot goes on being attended to,
+ * since it could not recover otherwise, so marks show only when the bin is emptied: what is least attended then
+ * goes. bin 64 is ours, the slots of a page. The paper's pruning of prompts (one index set, from the first layer's
+ * attention, for all layers) is `observed_attention +select=chunk:length=1,reuse=1024 +schedule=after_prefill`,
+ * without its second criterion. */
 #include "policy/policy.h"
 
 #include <string.h>

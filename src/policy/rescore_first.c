@@ -1,6 +1,6 @@
-/* The first score that a slot gets stays its own: for methods that judge a token when it is new (kvpress's DMSPress with
- * +budget=threshold). First means at the first eviction that was carried out after the token came in; a score that is infinite
- * or NaN says nothing about the slot and is asked for again. */
+/* The first score that a slot gets stays its own: for methods that judge a token when it is new (kvpress's
+ * DMSPress with +budget=threshold). First means at the first eviction that was carried out after the token came
+ * in; a score that is infinite or NaN says nothing about the slot and is asked for again. */
 #include "policy/policy.h"
 
 #include <math.h>

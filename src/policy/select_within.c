@@ -1,7 +1,7 @@
-/* The same share of every stretch of the conversation: within each run of `length` tokens the best stay, so that none is emptied by
- * another. Source: kvpress's ChunkPress, 1024 tokens. Deviations: scores are those of one look at everything held, not of a
- * chunk alone; a stretch pays at every eviction, where there each chunk is pruned once; what the shares' rounding leaves
- * goes to the newest stretches, a slot each, so that the budget is used. */
+/* The same share of every stretch of the conversation: within each run of `length` tokens the best stay, so that
+ * none is emptied by another. Source: kvpress's ChunkPress, 1024 tokens. Deviations: scores are those of one look
+ * at everything held, not of a chunk alone; a stretch pays at every eviction, where there each chunk is pruned
+ * once; what the shares' rounding leaves goes to the newest stretches, a slot each, so that the budget is used. */
 #include "policy/policy.h"
 
 #include <string.h>

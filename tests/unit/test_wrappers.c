@@ -317,6 +317,22 @@ static void a_bin_is_emptied_too_early(void **state)
     kvs_session_free(&s);
 }
 
+/* HAE's pruning of prompts: the first layer's set for all. */
+static void a_broadcast_set_differs_between_layers(void **state)
+{
+    (void)state;
+    kvs_session *s = open_session("observed_attention +select=chunk:length=1,reuse=1024", TIGHT);
+    run(s, 0, 300, got);
+    assert_true(n_evictions(s) > 0);
+    static int32_t first[TIGHT], pos[TIGHT];
+    const uint32_t n = kvs_cache_read_head(s->cache, 0, 0, &(kvs_head_slots){.pos = first});
+    for (uint32_t h = 1; h < 6; h++) {
+        assert_int_equal(kvs_cache_read_head(s->cache, h / 3, h % 3, &(kvs_head_slots){.pos = pos}), n);
+        assert_memory_equal(first, pos, n * sizeof *pos);
+    }
+    kvs_session_free(&s);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -324,7 +340,7 @@ int main(void)
         cmocka_unit_test(a_slot_forgets_its_first_score),   cmocka_unit_test(a_threshold_keeps_a_count),
         cmocka_unit_test(a_slot_stays_below_the_threshold), cmocka_unit_test(a_threshold_that_all_pass_evicts),
         cmocka_unit_test(a_threshold_breaks_the_budget),    cmocka_unit_test(an_empty_bin_is_not_greedy),
-        cmocka_unit_test(a_bin_is_emptied_too_early),
+        cmocka_unit_test(a_bin_is_emptied_too_early),       cmocka_unit_test(a_broadcast_set_differs_between_layers),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }
