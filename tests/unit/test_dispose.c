@@ -450,6 +450,21 @@ static void merging_nothing_differs_from_dropping(void **state)
         }
 }
 
+static void a_budget_that_holds_all_merges(void **state)
+{
+    (void)state;
+    static const char *const ways[] = {"h2o +dispose=merge", "h2o +dispose=cam", "h2o +dispose=nearest"};
+    kvs_session *s = open_session("baseline", N, KVS_KV_F16);
+    run(s, 0, N, expected);
+    kvs_session_free(&s);
+    for (int i = 0; i < 3; i++) {
+        s = open_session(ways[i], N, KVS_KV_F16);
+        run(s, 0, N, got);
+        assert_int_equal(fx_differs(expected, got, N, VOCAB), N);
+        kvs_session_free(&s);
+    }
+}
+
 /* Values, then keys of one head, f32. */
 static uint32_t read_kv(const kvs_session *s, uint32_t layer, uint32_t head, float *out)
 {
@@ -686,6 +701,7 @@ int main(void)
         cmocka_unit_test(nearest_is_not_the_mean),
         cmocka_unit_test(keys_are_merged_rotated),
         cmocka_unit_test(merging_nothing_differs_from_dropping),
+        cmocka_unit_test(a_budget_that_holds_all_merges),
         cmocka_unit_test(a_merge_shows_in_a_fork),
         cmocka_unit_test(a_smaller_fork_cannot_merge),
         cmocka_unit_test(writing_runs_out_of_blocks),
