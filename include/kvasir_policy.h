@@ -99,6 +99,7 @@ typedef struct kvs_policy_ops {
     const char *rescore;   /* default second scorer; NULL: none */
     const char *probe;     /* default probe, e.g. "repeat:chunk=2000"; NULL: none */
     const char *select;    /* default unit of selection, e.g. "chunk:length=10"; NULL: token */
+    const char *dispose;   /* default disposal, e.g. "merge"; NULL: drop */
     kvs_policy_scope scope;
     uint32_t needs;
     bool never_evicts;            /* the baseline: what does not fit is an error */

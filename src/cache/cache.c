@@ -621,6 +621,74 @@ void kvs_cache_unhide(kvs_cache *c)
         }
 }
 
+bool kvs_cache_own_kept(kvs_cache *c, uint32_t layer, uint32_t head, const uint8_t *keep)
+{
+    const kvs_head *h = kvs_cache_head(c, layer, head);
+    uint32_t n_kept = 0, i = 0;
+    for (uint32_t k = 0; k < h->n_live; k++)
+        n_kept += keep[k] != 0;
+    uint32_t n_pages = (n_kept + KVS_PAGE_SLOTS - 1) / KVS_PAGE_SLOTS;
+    for (uint32_t e = h->first; e != KVS_NO_PAGE && n_pages > 0; e = c->pages[e].next) {
+        if (kept_of_page(c->pages[e].live, keep, &i) == 0)
+            continue;
+        if (!kvs_cache_entry_own(c, e))
+            return false;
+        n_pages--;
+    }
+    return true;
+}
+
+/* The live slots of page e; keys (or NULL), values and changed are its first slot's. */
+static void write_page_kv(const kvs_cache *c, uint32_t e, const float *keys, const float *values,
+                          const uint8_t *changed)
+{
+    const kvs_kernels *const k = kvs_kernels_get(kvs_cpu_masked(0));
+    const uint32_t dh = c->config.head_dim;
+    const size_t row_bytes = c->config.kv_f32 ? dh * sizeof(float) : dh * sizeof(uint16_t);
+    const kvs_page *const p = &c->pages[e];
+    size_t at = 0;
+    for (uint64_t bits = p->live; bits != 0; bits &= bits - 1, at += dh) {
+        const uint32_t slot = (uint32_t)__builtin_ctzll(bits);
+        uint8_t *const row = kvs_page_values(c, p) + slot * row_bytes;
+        if (*changed++ == 0)
+            continue;
+        if (keys != NULL)
+            kvs_page_write(kvs_page_keys(c, p), kvs_page_values(c, p), slot, keys + at, values + at, dh,
+                           c->config.kv_f32);
+        else if (c->config.kv_f32)
+            memcpy(row, values + at, row_bytes);
+        else
+            k->f32_to_f16((uint16_t *)(void *)row, values + at, dh);
+    }
+}
+
+/* Whether page entry e, whose first live slot is changed[0], may be written, or need not be. */
+static bool own_changed(kvs_cache *c, uint32_t e, const uint8_t *changed, uint32_t n)
+{
+    return memchr(changed, 1, n) == NULL || kvs_cache_entry_own(c, e);
+}
+
+void kvs_cache_write_kv(kvs_cache *c, uint32_t layer, uint32_t head, const float *keys, const float *values,
+                        const uint8_t *changed)
+{
+    kvs_head *h = kvs_cache_head(c, layer, head);
+    uint32_t i = 0;
+    bool owned = true;
+    for (uint32_t e = h->first, at = 0; e != KVS_NO_PAGE && owned; e = c->pages[e].next) {
+        const uint32_t n = (uint32_t)__builtin_popcountll(c->pages[e].live);
+        owned = own_changed(c, e, changed + at, n);
+        at += n;
+    }
+    if (!owned) /* moves all slots into the pages that kvs_cache_own_kept made this cache's own */
+        kvs_head_compact(c, h);
+    for (uint32_t e = h->first; e != KVS_NO_PAGE; e = c->pages[e].next) {
+        const size_t at = (size_t)i * c->config.head_dim;
+        write_page_kv(c, e, keys == NULL ? NULL : keys + at, values + at, changed + i);
+        i += (uint32_t)__builtin_popcountll(c->pages[e].live);
+    }
+    kvs_cache_meter_update(c);
+}
+
 void kvs_cache_set_rope(kvs_cache *c, uint32_t layer, uint32_t head, const int32_t *rope_pos, int32_t next_rope)
 {
     kvs_head *h = kvs_cache_head(c, layer, head);

@@ -95,6 +95,15 @@ void kvs_cache_keep(kvs_cache *c, uint32_t layer, uint32_t head, const uint8_t *
  * room that needs no compaction (no dead slots are held), and are dropped after unhiding. */
 void kvs_cache_hide(kvs_cache *c, uint32_t layer, uint32_t head, const uint8_t *keep);
 void kvs_cache_unhide(kvs_cache *c);
+/* Blocks of its own for what kvs_cache_keep(keep) and compaction will leave of a head, so that kvs_cache_write_kv cannot run
+ * short of them; false when there are none, which takes a fork onto a smaller budget that has not evicted yet. Content is
+ * as before either way. */
+bool kvs_cache_own_kept(kvs_cache *c, uint32_t layer, uint32_t head, const uint8_t *keep);
+/* Writes the values, and the keys unless NULL (as they are written: rotated to key_rot), of those live slots whose
+ * changed[i] is 1: [n_live][head_dim] each, rounded once to the KV type. Behind kvs_cache_own_kept and kvs_cache_keep. Pages shared
+ * with forks are copied. */
+void kvs_cache_write_kv(kvs_cache *c, uint32_t layer, uint32_t head, const float *keys, const float *values,
+                        const uint8_t *changed);
 /* Gives the live slots of a head new rope positions and sets where its next key will stand. */
 void kvs_cache_set_rope(kvs_cache *c, uint32_t layer, uint32_t head, const int32_t *rope_pos, int32_t next_rope);
 /* Drops live slots with pos >= pos_end from every head and steps next_rope back by as many. */

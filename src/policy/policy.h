@@ -44,6 +44,7 @@ typedef struct kvs_rescore_ops {
     uint32_t needs;
     /* With a budget stage and a set for each head it runs once that has shared out, which then goes by the first scorer:
      * view->n_keep is the head's share, protected slots are +inf, the view has no window. */
+    bool any_score; /* takes scores of any meaning and sign */
     bool after_budget;
     void (*rescore)(const double *params, const kvs_policy_view *view, float *scores);
     uint32_t (*window_of)(const double *params); /* as kvs_policy_ops */
@@ -63,7 +64,7 @@ typedef struct kvs_probe_ops {
     kvs_probe_kind kind; /* its parameters: tokens of a chunk (repeat), rows (lookahead, prompt) */
 } kvs_probe_ops;
 
-/* Stage budget: how many slots each head keeps, their sum being that of the even shares. All heads [n_layers *
+/* Stage budget: how many slots each head keeps, their sum being at most that of the even shares. All heads [n_layers *
  * n_kv_heads], layer by layer. */
 typedef struct kvs_budget_view {
     uint32_t n_layers, n_kv_heads;
@@ -77,6 +78,7 @@ typedef struct kvs_budget_ops {
     kvs_policy_scope scope; /* the finest sets it can share out to: KVS_SCOPE_LAYER keeps a layer's heads equal */
     bool by_score;          /* shares out by scores: of no use where every head has the same */
     uint32_t share_max;     /* even shares that one head can get; 0: as many as a layer has KV heads */
+    uint32_t (*recent_of)(const double *params); /* newest tokens that it protects; NULL: 0 */
     void (*allocate)(const double *params, const kvs_budget_view *view, uint32_t *n_keep);
 } kvs_budget_ops;
 
@@ -87,7 +89,25 @@ typedef struct kvs_select_ops {
     kvs_policy_scope (*scope_of)(const double *params); /* the finest sets it chooses; NULL: the scorer's */
     void (*units)(const double *params, const kvs_policy_view *view, uint32_t *unit);
     uint32_t (*reuse_of)(const double *params); /* layers in a row that share the first one's keep sets; NULL: 1 */
+    /* What stays of the units; NULL: kvs_select_by_units. At most n_keep stay. scratch: [3 n] u64. */
+    kvs_status (*choose)(const kvs_protect *protect, const kvs_policy_view *view, const float *scores,
+                         const uint32_t *unit, uint32_t n_keep, uint8_t *keep, uint64_t *scratch, kvs_error *err);
 } kvs_select_ops;
+
+/* Stage dispose: what becomes of the slots that go, one (layer, KV head) at a time; without one they are dropped. Every keep
+ * set is made, so nothing here can be refused. */
+typedef struct kvs_dispose_ops {
+    kvs_choice_info info;
+    uint32_t needs;
+    /* Folds slots that go (keep[i] 0) into slots that stay: writes values [n_slots][head_dim] of the latter, which hold
+     * what view->values does and are the same memory, and sets changed[i] (0 before) of each that it wrote. scores: those
+     * that the keep set was chosen by. */
+    void (*merge)(const double *params, const kvs_policy_view *view, const float *scores, const uint8_t *keep,
+                  float *keys_raw, float *values, uint8_t *changed);
+    /* Whether keys change too: keys_raw is then view->keys_raw as values is view->values, else NULL. NULL: never. */
+    bool (*writes_keys)(const double *params);
+    size_t (*work_of)(const double *params, uint32_t n_slots, uint32_t head_dim);
+} kvs_dispose_ops;
 
 typedef struct kvs_policy {
     const kvs_policy_ops *ops;
@@ -96,8 +116,10 @@ typedef struct kvs_policy {
     const kvs_rescore_ops *rescore;       /* NULL: none */
     const kvs_budget_ops *budget;         /* NULL: even shares */
     const kvs_select_ops *select;         /* NULL: single tokens */
+    const kvs_dispose_ops *dispose;       /* NULL: drop */
     double probe_params[KVS_POLICY_PARAMS_MAX], rescore_params[KVS_POLICY_PARAMS_MAX],
-        budget_params[KVS_POLICY_PARAMS_MAX], select_params[KVS_POLICY_PARAMS_MAX];
+        budget_params[KVS_POLICY_PARAMS_MAX], select_params[KVS_POLICY_PARAMS_MAX],
+        dispose_params[KVS_POLICY_PARAMS_MAX];
     kvs_schedule_kind schedule;
     uint64_t schedule_value; /* bytes, tokens or n */
     double keep_ratio;       /* > 0: share of what is there */
@@ -147,6 +169,7 @@ const kvs_probe_ops *kvs_probe_at(uint32_t index);
 const kvs_rescore_ops *kvs_rescore_at(uint32_t index);
 const kvs_budget_ops *kvs_budget_at(uint32_t index);
 const kvs_select_ops *kvs_select_at(uint32_t index);
+const kvs_dispose_ops *kvs_dispose_at(uint32_t index);
 
 /* ---- selection ---- */
 

@@ -51,7 +51,9 @@
     X(non_causal_attention)                                                                                            \
     X(compactor)                                                                                                       \
     X(qfilter)                                                                                                         \
-    X(cascading)
+    X(cascading)                                                                                                       \
+    X(hae)                                                                                                             \
+    X(elastic)
 
 #define KVS_PROBES(X)                                                                                                  \
     X(repeat)                                                                                                          \
@@ -62,19 +64,27 @@
 #define KVS_RESCORES(X)                                                                                                \
     X(caote)                                                                                                           \
     X(obcache_v)                                                                                                       \
-    X(critical)
+    X(critical)                                                                                                        \
+    X(first)
 
 #define KVS_BUDGETS(X)                                                                                                 \
     X(pyramid)                                                                                                         \
     X(ada)                                                                                                             \
     X(global)                                                                                                          \
     X(composite)                                                                                                       \
-    X(skip)
+    X(skip)                                                                                                            \
+    X(threshold)
 
 #define KVS_SELECTS(X)                                                                                                 \
     X(chunk)                                                                                                           \
     X(block)                                                                                                           \
-    X(sentence)
+    X(sentence)                                                                                                        \
+    X(within)
+
+#define KVS_DISPOSES(X)                                                                                                \
+    X(merge)                                                                                                           \
+    X(cam)                                                                                                             \
+    X(nearest)
 
 #define KVS_POLICY_DECLARE(name) extern const kvs_policy_ops kvs_policy_##name;
 KVS_POLICIES(KVS_POLICY_DECLARE)
@@ -119,6 +129,16 @@ const kvs_budget_ops *kvs_budget_at(uint32_t index)
 const kvs_select_ops *kvs_select_at(uint32_t index)
 {
     return index < sizeof selects / sizeof *selects ? selects[index] : NULL;
+}
+
+#define KVS_DISPOSE_DECLARE(name) extern const kvs_dispose_ops kvs_dispose_##name;
+#define KVS_DISPOSE_ENTRY(name)   &kvs_dispose_##name,
+KVS_DISPOSES(KVS_DISPOSE_DECLARE)
+static const kvs_dispose_ops *const disposes[] = {KVS_DISPOSES(KVS_DISPOSE_ENTRY)};
+
+const kvs_dispose_ops *kvs_dispose_at(uint32_t index)
+{
+    return index < sizeof disposes / sizeof *disposes ? disposes[index] : NULL;
 }
 
 const kvs_policy_ops *kvs_policy_at(uint32_t index)
@@ -179,7 +199,7 @@ bool kvs_policy_get_info(uint32_t index, kvs_policy_info *info)
         return false;
     static const char *const scopes[] = {"shared", "layer", "head"};
     snprintf(stages, sizeof stages,
-             "schedule=%s%s%s score=%s%s%s budget=%s select=%s(%s) keep=%s dispose=drop position=%s", ops->schedule,
+             "schedule=%s%s%s score=%s%s%s budget=%s select=%s(%s) keep=%s dispose=%s position=%s", ops->schedule,
              ops->probe != NULL ? " probe=" : "", ops->probe != NULL ? ops->probe : "", ops->name,
              ops->rescore != NULL ? " rescore=" : "", ops->rescore != NULL ? ops->rescore : "",
              ops->budget != NULL ? ops->budget : "uniform",
@@ -190,7 +210,7 @@ bool kvs_policy_get_info(uint32_t index, kvs_policy_info *info)
              ops->never_evicts   ? "all"
              : ops->keep != NULL ? ops->keep
                                  : "budget-chunk",
-             ops->position);
+             ops->dispose != NULL ? ops->dispose : "drop", ops->position);
     *info = (kvs_policy_info){
         .name = ops->name,
         .doc = ops->doc,

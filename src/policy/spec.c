@@ -11,8 +11,8 @@
 static const char *const schedule_names[KVS_SCHEDULE_COUNT] = {"full",          "bytes", "tokens", "once",    "chunk",
                                                                "after_prefill", "step",  "every",  "turn_end"};
 static const char *const position_names[KVS_POSITION_COUNT] = {"rollback", "keep", "rerotate", "gapcap", "recompute"};
-static const char *const stage_names[] = {"schedule", "position", "protect", "keep",
-                                          "probe",    "rescore",  "budget",  "select"};
+static const char *const stage_names[] = {"schedule", "position", "protect", "keep",   "probe",
+                                          "rescore",  "budget",   "select",  "dispose"};
 
 const char *kvs_position_name(kvs_position_mode mode)
 {
@@ -265,7 +265,8 @@ static kvs_status parse_protect(const char *text, kvs_policy *p, kvs_error *err)
 
 /* What the word for "no such stage" says. */
 static const kvs_choice_info no_probe = {.name = "none"}, no_rescore = {.name = "none"},
-                             no_budget = {.name = "uniform"}, no_select = {.name = "token"};
+                             no_budget = {.name = "uniform"}, no_select = {.name = "token"},
+                             no_dispose = {.name = "drop"};
 
 static const kvs_choice_info *probe_info(uint32_t i)
 {
@@ -285,6 +286,12 @@ static const kvs_choice_info *budget_info(uint32_t i)
 static const kvs_choice_info *select_info(uint32_t i)
 {
     const kvs_select_ops *ops = kvs_select_at(i);
+    return ops == NULL ? NULL : &ops->info;
+}
+
+static const kvs_choice_info *dispose_info(uint32_t i)
+{
+    const kvs_dispose_ops *ops = kvs_dispose_at(i);
     return ops == NULL ? NULL : &ops->info;
 }
 
@@ -346,6 +353,14 @@ static kvs_status parse_select(const char *text, kvs_policy *p, kvs_error *err)
     return KVS_OK;
 }
 
+static kvs_status parse_dispose(const char *text, kvs_policy *p, kvs_error *err)
+{
+    uint32_t i;
+    KVS_TRY(parse_choice("dispose", no_dispose.name, dispose_info, text, &i, p->dispose_params, err));
+    p->dispose = i == UINT32_MAX ? NULL : kvs_dispose_at(i);
+    return KVS_OK;
+}
+
 static kvs_status parse_stage(const char *stage, const char *choice, kvs_policy *p, kvs_error *err)
 {
     if (strcmp(stage, "schedule") == 0)
@@ -364,6 +379,8 @@ static kvs_status parse_stage(const char *stage, const char *choice, kvs_policy 
         return parse_budget(choice, p, err);
     if (strcmp(stage, "select") == 0)
         return parse_select(choice, p, err);
+    if (strcmp(stage, "dispose") == 0)
+        return parse_dispose(choice, p, err);
     return unknown(err, "stage", stage, stage_names, sizeof stage_names / sizeof *stage_names);
 }
 
@@ -415,6 +432,8 @@ static void write_text(kvs_policy *p)
         at = write_choice(at, end, "budget", p->budget == NULL ? &no_budget : &p->budget->info, p->budget_params);
     if (p->select != NULL || p->ops->select != NULL)
         at = write_choice(at, end, "select", p->select == NULL ? &no_select : &p->select->info, p->select_params);
+    if (p->dispose != NULL || p->ops->dispose != NULL)
+        at = write_choice(at, end, "dispose", p->dispose == NULL ? &no_dispose : &p->dispose->info, p->dispose_params);
     WRITE(" +schedule=%s", schedule_names[p->schedule]);
     if (p->schedule_value != 0)
         WRITE(":%s%llu%s", p->schedule == KVS_SCHEDULE_ONCE ? "at=" : "", (unsigned long long)p->schedule_value,
@@ -498,7 +517,7 @@ static bool scores_alike(const kvs_policy *p)
 
 static kvs_status check_rescore(const kvs_policy *p, kvs_error *err)
 {
-    if (p->rescore == NULL)
+    if (p->rescore == NULL || p->rescore->any_score)
         return KVS_OK;
     const char *const name = p->ops->name, *const second = p->rescore->info.name;
     if (scores_alike(p))
@@ -577,6 +596,23 @@ static kvs_status check_recompute(const kvs_policy *p, kvs_error *err)
     return KVS_OK;
 }
 
+static kvs_status check_dispose(const kvs_policy *p, kvs_error *err)
+{
+    if (p->dispose == NULL)
+        return KVS_OK;
+    if (p->position == KVS_POSITION_RECOMPUTE)
+        return kvs_error_set(err, KVS_EINVAL,
+                             "position recompute runs the kept tokens afresh, which undoes +dispose=%s; use another "
+                             "position",
+                             p->dispose->info.name);
+    if (p->dispose->needs & KVS_POLICY_NEEDS_MASS_SUM && kvs_policy_needs(p) & KVS_POLICY_NEEDS_MASS_LAST)
+        return kvs_error_set(err, KVS_EINVAL,
+                             "+dispose=%s weighs by the attention received so far, where %s has that of the latest "
+                             "forward recorded",
+                             p->dispose->info.name, p->ops->name);
+    return KVS_OK;
+}
+
 /* Stages that cannot stand together: named both, with the reason. */
 static kvs_status check_stages(const kvs_policy *p, kvs_error *err)
 {
@@ -585,10 +621,16 @@ static kvs_status check_stages(const kvs_policy *p, kvs_error *err)
                                          : p->rescore != NULL ? &p->rescore->info
                                          : p->budget != NULL  ? &p->budget->info
                                          : p->select != NULL  ? &p->select->info
+                                         : p->dispose != NULL ? &p->dispose->info
                                                               : NULL;
     if (p->ops->never_evicts && first != NULL)
         return kvs_error_set(err, KVS_EINVAL, "%s never evicts: the stage %s would never be asked", name, first->name);
-    const uint32_t needs = kvs_policy_needs(p);
+    const uint32_t needs = kvs_policy_needs(p),
+                   own = p->ops->needs | (p->ops->needs_of == NULL ? 0 : p->ops->needs_of(p->params));
+    if (p->rescore != NULL && p->rescore->needs & own & KVS_POLICY_NEEDS_CARRY)
+        return kvs_error_set(err, KVS_EINVAL,
+                             "+rescore=%s remembers a number a slot, and so does %s: there is room for one",
+                             p->rescore->info.name, name);
     const bool rows = p->probe != NULL && (p->probe->kind == KVS_PROBE_LOOKAHEAD || p->probe->kind == KVS_PROBE_PROMPT);
     if (needs & KVS_POLICY_NEEDS_PROBE && (p->probe == NULL || rows))
         return kvs_error_set(err, KVS_EINVAL,
@@ -612,7 +654,8 @@ static kvs_status check_stages(const kvs_policy *p, kvs_error *err)
                              "+select=%s keeps one set for all heads of a layer, +budget=%s gives each head its own "
                              "number of slots: use +select=%s:heads=1",
                              p->select->info.name, p->budget->info.name, p->select->info.name);
-    return check_reuse(p, err);
+    KVS_TRY(check_reuse(p, err));
+    return check_dispose(p, err);
 }
 
 /* What a preset says of itself under these parameters: a plug-in's may be anything. */
@@ -674,6 +717,8 @@ kvs_status kvs_policy_parse_tail(const kvs_policy_ops *ops, const char *tail, co
         KVS_TRY(parse_budget(p.ops->budget, &p, err));
     if (p.ops->select != NULL)
         KVS_TRY(parse_select(p.ops->select, &p, err));
+    if (p.ops->dispose != NULL)
+        KVS_TRY(parse_dispose(p.ops->dispose, &p, err));
     if (paper_compat) {
         p.protect = (kvs_protect){0};
         p.position = KVS_POSITION_ROLLBACK;
@@ -685,6 +730,8 @@ kvs_status kvs_policy_parse_tail(const kvs_policy_ops *ops, const char *tail, co
         KVS_TRY(parse_params(value.text, &target, err));
     }
     KVS_TRY(parse_stages(tail, &p, err));
+    if (p.budget != NULL && p.budget->recent_of != NULL)
+        p.protect.recent = kvs_max_u32(p.protect.recent, p.budget->recent_of(p.budget_params));
     if (position != NULL)
         KVS_TRY(kvs_position_parse(position, &p.position, &p.gap_cap, err));
     p.params[p.ops->n_params] = p.keep_ratio;
@@ -701,7 +748,7 @@ kvs_status kvs_policy_parse_tail(const kvs_policy_ops *ops, const char *tail, co
 uint32_t kvs_policy_needs(const kvs_policy *p)
 {
     return p->ops->needs | (p->ops->needs_of == NULL ? 0 : p->ops->needs_of(p->params)) |
-           (p->rescore == NULL ? 0 : p->rescore->needs);
+           (p->rescore == NULL ? 0 : p->rescore->needs) | (p->dispose == NULL ? 0 : p->dispose->needs);
 }
 
 /* The finer of what the scorer wants, as far as the selection goes along, and what the budget can share out. */
@@ -732,7 +779,11 @@ size_t kvs_policy_work(const kvs_policy *p, uint32_t n_slots, uint32_t head_dim)
     const size_t second = p->rescore == NULL || p->rescore->work_of == NULL
                               ? 0
                               : p->rescore->work_of(p->rescore_params, n_slots, head_dim);
-    return own > second ? own : second;
+    const size_t third = p->dispose == NULL || p->dispose->work_of == NULL
+                             ? 0
+                             : p->dispose->work_of(p->dispose_params, n_slots, head_dim);
+    const size_t scorers = own > second ? own : second;
+    return scorers > third ? scorers : third;
 }
 
 uint32_t kvs_policy_sinks(const kvs_policy *p)

@@ -80,6 +80,8 @@ static void carve_thread(carver *c, const kvs_session *s, kvs_view_scratch *t)
         t->unit = carve(c, n, sizeof *t->unit);
     if (s->policy.ops->choose != NULL)
         t->chosen = carve(c, n + KVS_GUARD_WORDS, sizeof *t->chosen);
+    if (s->policy.dispose != NULL)
+        t->changed = carve(c, n, sizeof *t->changed);
 }
 
 static size_t carve_all(kvs_session *s, uint8_t *base)
@@ -498,8 +500,8 @@ static void select_task(void *ctx, uint32_t set, uint32_t thread)
         status = kvs_select(&p->protect, &v, scores_of(x, head), e->n_keep[head], keep_of(x, head), t->select, &err);
     } else {
         p->select->units(p->select_params, &v, t->unit);
-        status = kvs_select_by_units(&p->protect, &v, scores_of(x, head), t->unit, e->n_keep[head], keep_of(x, head),
-                                     t->select, &err);
+        status = (p->select->choose != NULL ? p->select->choose : kvs_select_by_units)(
+            &p->protect, &v, scores_of(x, head), t->unit, e->n_keep[head], keep_of(x, head), t->select, &err);
     }
     if (status != KVS_OK)
         refuse(x, head, &err);
@@ -583,6 +585,73 @@ static kvs_status choose(eviction *x)
     return KVS_OK;
 }
 
+/* ---- disposing ---- */
+
+/* Values are written to pages of their own; what forks share is copied before anything changes, so that a lack of blocks is
+ * a refusal like any other. */
+static kvs_status own_pages(const eviction *x)
+{
+    if (x->s->policy.dispose == NULL)
+        return KVS_OK;
+    for (uint32_t h = 0; h < x->n_heads; h++)
+        if (!kvs_cache_own_kept(x->s->cache, h / x->n_kv_heads, h % x->n_kv_heads, keep_of(x, h)))
+            return kvs_error_set(x->err, KVS_EBUDGET,
+                                 "+dispose=%s finds no pages for values that a fork shares: a fork onto a smaller "
+                                 "budget has yet to evict",
+                                 x->s->policy.dispose->info.name);
+    return KVS_OK;
+}
+
+/* Head first + i, in the scratch of thread i: what its kept slots' values become, moved together in kept order. */
+typedef struct disposal {
+    const eviction *x;
+    uint32_t first;
+} disposal;
+
+static bool writes_keys(const kvs_policy *p)
+{
+    return p->dispose->writes_keys != NULL && p->dispose->writes_keys(p->dispose_params);
+}
+
+static void dispose_task(void *ctx, uint32_t i, uint32_t thread)
+{
+    (void)thread;
+    const eviction *x = ((const disposal *)ctx)->x;
+    const uint32_t head = ((const disposal *)ctx)->first + i;
+    const kvs_policy *p = &x->s->policy;
+    kvs_view_scratch *t = &x->s->scratch.threads[i];
+    const uint8_t *const keep = keep_of(x, head);
+    kvs_policy_view v = kvs_view_kv(x->s, head / x->n_kv_heads, head % x->n_kv_heads, t);
+    v.n_keep = x->s->scratch.n_keep[head];
+    memset(t->changed, 0, v.n_slots);
+    float *const keys = writes_keys(p) ? t->keys_raw : NULL;
+    if (memchr(keep, 0, v.n_slots) != NULL)
+        p->dispose->merge(p->dispose_params, &v, scores_of(x, leader_of(x, head - head % x->step)), keep, keys,
+                          t->values, t->changed);
+    uint32_t to = 0;
+    for (uint32_t k = 0; k < v.n_slots; k++) {
+        if (keep[k] == 0)
+            continue;
+        if (to != k)
+            memcpy(t->values + (size_t)to * v.head_dim, t->values + (size_t)k * v.head_dim,
+                   v.head_dim * sizeof *t->values);
+        if (to != k && keys != NULL)
+            memcpy(keys + (size_t)to * v.head_dim, keys + (size_t)k * v.head_dim, v.head_dim * sizeof *keys);
+        t->key_rot[to] = t->key_rot[k];
+        t->changed[to++] = t->changed[k] != 0;
+    }
+    t->n_kept = to;
+    if (keys != NULL)
+        kvs_view_rotate(x->s, keys, t->key_rot, to);
+}
+
+/* The next heads, one a thread. */
+static void dispose(const eviction *x, uint32_t first)
+{
+    disposal d = {x, first};
+    kvs_pool_run(x->s->model->pool, dispose_task, &d, kvs_min_u32(x->s->scratch.n_threads, x->n_heads - first));
+}
+
 /* ---- applying ---- */
 
 /* Dead slots are read by every later token and hold room. Where the budget asked for the eviction, every slot will be
@@ -606,20 +675,27 @@ static int32_t place(kvs_session *s, uint32_t layer, uint32_t head)
     return next;
 }
 
-static void apply(kvs_session *s)
+static void apply(const eviction *x)
 {
+    kvs_session *const s = x->s;
     const uint32_t n_kv_heads = s->model->info.n_kv_heads, n_heads = s->model->info.n_layers * n_kv_heads;
     const kvs_policy_scope scope = kvs_policy_scope_of(&s->policy);
     s->uniform = s->uniform && scope == KVS_SCOPE_SHARED;
     s->layer_uniform = s->layer_uniform && scope != KVS_SCOPE_HEAD;
     int32_t next = 0;
     for (uint32_t h = 0; h < n_heads; h++) {
-        const uint32_t layer = h / n_kv_heads, head = h % n_kv_heads;
+        const uint32_t layer = h / n_kv_heads, head = h % n_kv_heads, thread = h % s->scratch.n_threads;
+        const kvs_view_scratch *const t = &s->scratch.threads[thread];
+        if (s->policy.dispose != NULL && thread == 0)
+            dispose(x, h);
         if (s->scratch.carry != NULL)
             kvs_cache_write_side(s->cache, layer, head, KVS_SIDE_CARRY,
                                  s->scratch.carry + (size_t)h * s->scratch.n_slots);
         kvs_cache_keep(s->cache, layer, head, s->scratch.keep + (size_t)h * s->scratch.n_slots);
         compact(s, layer, head);
+        if (s->policy.dispose != NULL && memchr(t->changed, 1, t->n_kept) != NULL)
+            kvs_cache_write_kv(s->cache, layer, head, writes_keys(&s->policy) ? t->keys_raw : NULL, t->values,
+                               t->changed);
         if (h == 0 || !s->uniform) /* else as head 0 */
             next = place(s, layer, head);
         kvs_cache_set_rope(s->cache, layer, head, s->scratch.kept_rope, next);
@@ -671,10 +747,12 @@ kvs_status kvs_evict(kvs_session *s, kvs_forward *forward, uint32_t keep_overrid
             status = choose(&x);
     }
     kvs_probe_end(s);
+    if (status == KVS_OK && x.any)
+        status = own_pages(&x);
     if (status != KVS_OK || !x.any)
         return status;
     const uint64_t t1 = kvs_now_ns();
-    apply(s);
+    apply(&x);
     if (s->policy.position == KVS_POSITION_RECOMPUTE)
         KVS_TRY(recompute(s, forward, err));
     const uint64_t t2 = kvs_now_ns();

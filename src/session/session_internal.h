@@ -33,6 +33,8 @@ typedef struct kvs_view_scratch {
     uint64_t *select; /* [2 n_slots + 2] */
     uint32_t *unit;   /* [n_slots] */
     uint32_t *chosen; /* [n_slots + KVS_GUARD_WORDS] */
+    uint8_t *changed; /* [n_slots] 1: the dispose stage wrote the value of this slot of n_kept */
+    uint32_t n_kept;
 } kvs_view_scratch;
 
 /* Arrays an eviction works in, sized at create so that it allocates nothing. */
@@ -132,6 +134,10 @@ kvs_policy_view kvs_view_head(const kvs_session *s, uint32_t layer, uint32_t hea
 kvs_policy_view kvs_view_contents(const kvs_session *s, uint32_t layer, uint32_t head, kvs_view_scratch *t);
 /* f32 that the rows of an output projection's part, one KV head's, take. */
 size_t kvs_view_out_rows(const kvs_model *m);
+/* Keys before rotation, [n][head_dim], to positions `to`. */
+void kvs_view_rotate(const kvs_session *s, float *keys_raw, const int32_t *to, uint32_t n);
+/* Without the output projection too. */
+kvs_policy_view kvs_view_kv(const kvs_session *s, uint32_t layer, uint32_t head, kvs_view_scratch *t);
 /* Without keys and values too. */
 kvs_policy_view kvs_view_facts(const kvs_session *s, uint32_t layer, uint32_t head, kvs_view_scratch *t);
 

@@ -14,13 +14,18 @@ static void rotate_keys(const kvs_session *s, float *keys, const int32_t *by, co
     float cos_sin[KVS_HEAD_DIM_MAX];
     int32_t at = 0;
     for (uint32_t i = 0; i < n; i++) {
-        const int32_t turn = (by != NULL ? by[i] : 0) - less[i];
+        const int32_t turn = (by != NULL ? by[i] : 0) - (less != NULL ? less[i] : 0);
         if (turn == 0)
             continue;
         if (at != turn)
             kvs_rope_row(&m->rope, at = turn, cos_sin);
         m->kernels->rope(keys + (size_t)i * dh, 1, dh, cos_sin, m->n_freq);
     }
+}
+
+void kvs_view_rotate(const kvs_session *s, float *keys_raw, const int32_t *to, uint32_t n)
+{
+    rotate_keys(s, keys_raw, to, NULL, n);
 }
 
 static void read_keys_and_values(const kvs_session *s, kvs_policy_view *v, kvs_view_scratch *t)
@@ -226,10 +231,16 @@ kvs_policy_view kvs_view_facts(const kvs_session *s, uint32_t layer, uint32_t he
     };
 }
 
-kvs_policy_view kvs_view_contents(const kvs_session *s, uint32_t layer, uint32_t head, kvs_view_scratch *t)
+kvs_policy_view kvs_view_kv(const kvs_session *s, uint32_t layer, uint32_t head, kvs_view_scratch *t)
 {
     kvs_policy_view v = kvs_view_facts(s, layer, head, t);
     read_keys_and_values(s, &v, t);
+    return v;
+}
+
+kvs_policy_view kvs_view_contents(const kvs_session *s, uint32_t layer, uint32_t head, kvs_view_scratch *t)
+{
+    kvs_policy_view v = kvs_view_kv(s, layer, head, t);
     if (t->out_norm != NULL)
         read_out_norm(s, &v, t);
     return v;

@@ -182,7 +182,8 @@ static FIXTURE_UNUSED uint32_t evict(const kvs_policy *p, uint32_t n_full)
     kvs_status status;
     if (p->select != NULL) {
         p->select->units(p->select_params, &b.view, b.unit);
-        status = kvs_select_by_units(&p->protect, &b.view, b.scores, b.unit, target, b.keep, b.scratch, &err);
+        status = (p->select->choose != NULL ? p->select->choose : kvs_select_by_units)(
+            &p->protect, &b.view, b.scores, b.unit, target, b.keep, b.scratch, &err);
     } else {
         status = kvs_select(&p->protect, &b.view, b.scores, target, b.keep, b.scratch, &err);
     }

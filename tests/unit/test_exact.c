@@ -372,6 +372,9 @@ static const char *const evicting[] = {
     "llama_context_shift:n_keep=8 +protect=none",
     "critical-adakv:window=16",
     "obcache-vk +select=sentence:longest=12",
+    "h2o +dispose=merge",
+    "h2o +dispose=nearest",
+    "snapkv:window=8 +dispose=cam +schedule=every:61",
 };
 enum { N_EVICTING = sizeof evicting / sizeof *evicting };
 

@@ -125,8 +125,8 @@ static void add_choice(const char *stage, const kvs_choice_info *info)
 /* A stage's choices by name: whatever has a registry. */
 static const kvs_choice_info *choice_at(uint32_t stage, uint32_t i, const char **name)
 {
-    static const char *const names[] = {"probe", "rescore", "budget", "select"};
-    *name = stage < 4 ? names[stage] : NULL;
+    static const char *const names[] = {"probe", "rescore", "budget", "select", "dispose"};
+    *name = stage < 5 ? names[stage] : NULL;
     switch (stage) {
     case 0:
         return kvs_probe_at(i) == NULL ? NULL : &kvs_probe_at(i)->info;
@@ -136,6 +136,8 @@ static const kvs_choice_info *choice_at(uint32_t stage, uint32_t i, const char *
         return kvs_budget_at(i) == NULL ? NULL : &kvs_budget_at(i)->info;
     case 3:
         return kvs_select_at(i) == NULL ? NULL : &kvs_select_at(i)->info;
+    case 4:
+        return kvs_dispose_at(i) == NULL ? NULL : &kvs_dispose_at(i)->info;
     default:
         return NULL;
     }
