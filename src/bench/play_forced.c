@@ -29,6 +29,7 @@ typedef struct player {
     kvs_session *session; /* NULL: not forked yet */
     kvs_scores scores;
     kvs_usage turn_usage;   /* at the turn's begin */
+    uint64_t forked_at;     /* tokens it did not read itself */
     uint64_t last_eviction; /* token_idx; UINT64_MAX: none */
     uint64_t first_logits;  /* hash of the first logits after the first eviction; 0: none */
     uint32_t turn_evictions;
@@ -232,6 +233,7 @@ static void record_turn(play_state *s, player *pl, const kvs_session *session)
     json_object_set_new(row, "score_ms", kvs_json_ms(u.score_ns - pl->turn_usage.score_ns));
     json_object_set_new(row, "select_ms", kvs_json_ms(u.select_ns - pl->turn_usage.select_ns));
     json_object_set_new(row, "move_ms", kvs_json_ms(u.move_ns - pl->turn_usage.move_ns));
+    json_object_set_new(row, "probe_ms", kvs_json_ms(u.probe_ns - pl->turn_usage.probe_ns));
     json_object_set_new(row, "health", kvs_json_real(h.score));
     json_object_set_new(row, "health_worst", json_string(h.worst));
     kvs_record_positions(row, session);
@@ -269,7 +271,7 @@ static kvs_status fork_due(play_state *s, uint32_t end, kvs_error *err)
         kvs_policy policy;
         KVS_TRY(kvs_policy_parse(pl->spec->policy, pl->spec->position, s->p->opt->paper_compat, &policy, err));
         const bool taps = (kvs_policy_needs(&policy) & KVS_POLICY_NEEDS_MASS) != 0;
-        if (pl->spec->first_tokens >= end) {
+        if (kvs_play_shares(pl->spec, &policy, end)) {
             trunk_needed |= taps;
             continue;
         }
@@ -284,6 +286,7 @@ static kvs_status fork_due(play_state *s, uint32_t end, kvs_error *err)
             snprintf(pl->failure, sizeof pl->failure, "%s", e.message);
             continue;
         }
+        pl->forked_at = s->trunk[0]->n_tokens;
         kvs_session_on_event(pl->session, on_event, pl);
         kvs_session_get_usage(pl->session, &pl->turn_usage);
     }
@@ -314,7 +317,8 @@ static kvs_status run_block(play_state *s, uint32_t begin, uint32_t end, kvs_err
     s->block_begin = begin;
     s->n_wanted = 0;
     for (uint32_t i = begin; i < end; i++)
-        s->want[i - begin] = i + 1 < s->script->n_tokens && s->script->flags[i + 1] & KVS_TOKEN_ASSISTANT;
+        s->want[i - begin] = i + 1 < s->script->n_tokens && s->script->flags[i + 1] & KVS_TOKEN_ASSISTANT &&
+                             (!s->p->suite->registry || is_compared(s, i));
     owner[n] = &s->players[0];
     runs[n] = common;
     runs[n].session = s->trunk[0];
@@ -463,7 +467,7 @@ static json_t *summary_row(const play_state *s, const player *pl, const kvs_sess
     kvs_session_get_usage(session, &u);
     json_t *row = json_object();
     json_object_set_new(row, "run", json_string(pl->spec->id));
-    json_object_set_new(row, "policy", json_string(pl->spec->policy));
+    json_object_set_new(row, "policy", json_string(pl->spec->label[0] != '\0' ? pl->spec->label : pl->spec->policy));
     json_object_set_new(row, "position", json_string(pl->spec->position));
     json_object_set_new(row, "dialogue", json_string(s->script->id));
     json_object_set_new(row, "protocol", json_string("tf"));
@@ -489,6 +493,13 @@ static json_t *summary_row(const play_state *s, const player *pl, const kvs_sess
     set_nulls(row, free_only, sizeof free_only / sizeof *free_only);
     json_object_set_new(row, "evict_ms_total", kvs_json_ms(u.evict_ns));
     json_object_set_new(row, "peak_rss_bytes", json_integer((json_int_t)kvs_peak_rss_bytes()));
+    json_object_set_new(row, "own_tokens", json_integer((json_int_t)(session->n_tokens - pl->forked_at)));
+    json_object_set_new(row, "score_ms_total", kvs_json_ms(u.score_ns));
+    json_object_set_new(row, "select_ms_total", kvs_json_ms(u.select_ns));
+    json_object_set_new(row, "move_ms_total", kvs_json_ms(u.move_ns));
+    json_object_set_new(row, "probe_ms_total", kvs_json_ms(u.probe_ns));
+    json_object_set_new(row, "side_bytes", json_integer((json_int_t)u.side_bytes_peak));
+    json_object_set_new(row, "own_bytes", json_integer((json_int_t)u.own_bytes));
     return row;
 }
 
@@ -619,6 +630,8 @@ kvs_status kvs_play_forced(const kvs_play *p, const kvs_script *script, json_t *
         if (!p->runs[i].is_reference)
             s.late_from = kvs_min_u32(s.late_from, p->runs[i].first_tokens);
     }
+    if (p->suite->registry) /* the same tokens for every budget: where the largest has long evicted */
+        s.late_from = kvs_min_u32(p->suite->score_from_tokens, script->n_tokens);
     s.noise_player = (player){.spec = &noise_spec, .state = &s, .last_eviction = UINT64_MAX};
     init_player(&s.noise_player, s.n_bins);
     json_t *out = json_object();

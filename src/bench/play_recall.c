@@ -161,7 +161,7 @@ static kvs_status fork_due(recall_state *s, uint32_t end, kvs_error *err)
         kvs_policy policy;
         KVS_TRY(kvs_policy_parse(r->spec->policy, r->spec->position, s->p->opt->paper_compat, &policy, err));
         const bool taps = (kvs_policy_needs(&policy) & KVS_POLICY_NEEDS_MASS) != 0;
-        if (r->spec->first_tokens >= end) {
+        if (kvs_play_shares(r->spec, &policy, end)) {
             trunk_needed |= taps;
             continue;
         }

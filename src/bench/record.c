@@ -70,6 +70,20 @@ bool kvs_play_cancelled(const kvs_play *p)
     return p->opt->cancel != NULL && *p->opt->cancel != 0;
 }
 
+/* What a fork cannot take over: sums over all rows so far, and what a policy writes beside its slots. */
+enum {
+    NEEDS_ALL_ROWS = KVS_POLICY_NEEDS_MASS_SUM | KVS_POLICY_NEEDS_MASS_EMA | KVS_POLICY_NEEDS_MASS_MAX |
+                     KVS_POLICY_NEEDS_CARRY | KVS_POLICY_NEEDS_QUERY_STATS
+};
+
+bool kvs_play_shares(const kvs_bench_run_spec *run, const kvs_policy *policy, uint32_t end)
+{
+    if ((kvs_policy_needs(policy) & NEEDS_ALL_ROWS) != 0)
+        return false;
+    const uint32_t window = kvs_policy_window(policy);
+    return run->first_tokens >= end && run->first_tokens - end >= window;
+}
+
 void kvs_play_options(const kvs_play *p, const kvs_bench_run_spec *run, uint32_t n_tokens, kvs_session_options *o)
 {
     kvs_session_options_default(o);
@@ -158,4 +172,16 @@ void kvs_script_free(kvs_script *s)
     free(s->flags);
     free(s->turns);
     *s = (kvs_script){0};
+}
+
+void kvs_script_cut(kvs_script *s, uint32_t n_tokens)
+{
+    if (n_tokens >= s->n_tokens)
+        return;
+    s->n_tokens = n_tokens;
+    while (s->turns[s->n_turns - 1].begin >= n_tokens)
+        s->n_turns--;
+    kvs_script_turn *last = &s->turns[s->n_turns - 1];
+    last->end = n_tokens;
+    last->answer = kvs_min_u32(last->answer, n_tokens);
 }

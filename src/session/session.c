@@ -378,7 +378,8 @@ void kvs_session_get_usage(const kvs_session *s, kvs_usage *u)
     kvs_cache_get_meter(s->cache, &m);
     const uint64_t n_heads = (uint64_t)s->model->info.n_layers * s->model->info.n_kv_heads;
     const double full = (double)n_heads * (double)s->n_tokens * ((double)s->n_tokens + 1) / 2;
-    const uint64_t scratch = s->scratch.bytes + s->queries.bytes + s->probe.bytes + s->model->forward->bytes;
+    const uint64_t own = s->scratch.bytes + s->queries.bytes + s->probe.bytes;
+    const uint64_t scratch = own + s->model->forward->bytes;
     *u = (kvs_usage){
         .budget_bytes = m.budget_bytes,
         .budget_tokens = m.budget_tokens,
@@ -402,6 +403,8 @@ void kvs_session_get_usage(const kvs_session *s, kvs_usage *u)
         .score_ns = s->score_ns,
         .select_ns = s->select_ns,
         .move_ns = s->move_ns,
+        .probe_ns = s->probe_ns,
+        .own_bytes = own,
         .footprint = full > 0 ? (double)(m.footprint_slots - s->footprint_skip) / full : 1.0,
     };
 }
