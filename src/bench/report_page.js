@@ -279,12 +279,13 @@ function sideBySide(points, x, y) {
   }
 }
 
-function sharePanel(g, own, x0, width, y, top, bottom, o) {
-  const plotW = width * 0.42, xs = own.filter(p => !p.late).map(p => p.x), least = Math.min(...xs), most = Math.max(...xs);
+function sharePanel(g, own, from, all, top, bottom, o) {
+  const x0 = from + 52, width = all - 52, y = klScale(own.map(p => p.k), FLOOR, top, bottom);
+  const plotW = width * 0.4, xs = own.filter(p => !p.late).map(p => p.x), least = Math.min(...xs), most = Math.max(...xs);
   const x = logarithmic(least / 1.04, most * 1.04, x0 + 12, x0 + plotW - 16);
-  axisY(g, y, x0, x0 + plotW, { quiet: !o.first, label: o.first ? 'KL(full \u2016 policy), nat per token, log' : null, labelX: 0, labelY: 12 });
+  axisY(g, y, x0, x0 + plotW, { n: 6, label: o.first ? 'KL(full \u2016 policy), nat per token, log; each panel its own scale' : null, labelX: 0, labelY: 12 });
   g.append(svg('line', { class: 'axis', x1: x0, x2: x0 + plotW, y1: bottom + 0.5, y2: bottom + 0.5 }));
-  for (const v of most > least * 1.1 ? [least, most] : [least]) g.append(svg('text', { x: x(v), y: bottom + 17, 'text-anchor': 'middle' }, fmt(v)));
+  for (const v of most > least * 1.03 ? [least, most] : [least]) g.append(svg('text', { x: x(v), y: bottom + 17, 'text-anchor': 'middle' }, fmt(v)));
   g.append(svg('text', { x: x0 + plotW / 2, y: bottom + 36, 'text-anchor': 'middle', class: 'strong' }, `${o.share} of the cache, peak MiB`));
   const held = own.filter(p => !p.late), front = hull(held);
   sideBySide(held, x, y);
@@ -309,11 +310,10 @@ function paretoOfShares(points) {
   const shares = [...new Set(points.map(p => p.r.share))].sort((a, b) => parseFloat(a) - parseFloat(b));
   for (const p of points) p.late = / \(full first\)$/.test(p.r.policy);
   const box = plot('KL against peak KV memory, a panel a share of the cache', (g, w) => {
-    const left = 56, per = w < 760 ? 1 : shares.length, fw = (w - left) / per, h = 470;
-    const y0 = points.map(p => p.k);
+    const per = w < 760 ? 1 : shares.length, fw = w / per, h = 520;
     shares.forEach((share, i) => {
       const top = 28 + Math.floor(i / per) * (h + 24), bottom = top + h - 70;
-      sharePanel(g, points.filter(p => p.r.share === share), left + (i % per) * fw, fw, klScale(y0, FLOOR, top, bottom), top, bottom, { share, first: i % per === 0, best: 14, worst: 4 });
+      sharePanel(g, points.filter(p => p.r.share === share), (i % per) * fw, fw, top, bottom, { share, first: i % per === 0, best: 16, worst: 5 });
     });
     return Math.ceil(shares.length / per) * (h + 24) + 10;
   });
