@@ -380,8 +380,10 @@ static kvs_status open_probe(const recall_state *s, recaller *r, kvs_error *err)
     kvs_session *from = r == &s->recallers[0] ? s->trunk[0] : r->session;
     kvs_usage u;
     kvs_session_get_usage(from, &u);
-    kvs_bench_run_spec spec = {
-        .is_reference = true, .policy = "baseline", .budget_tokens = (uint32_t)u.budget_tokens + PROBE_TOKENS};
+    /* Where heads differ in length the fullest may hold more than the budget's mean. */
+    kvs_bench_run_spec spec = {.is_reference = true,
+                               .policy = "baseline",
+                               .budget_tokens = kvs_max_u32((uint32_t)u.budget_tokens, u.n_slots_max) + PROBE_TOKENS};
     snprintf(spec.position, sizeof spec.position, "%s", r->spec->position);
     kvs_session_options o;
     kvs_play_options(s->p, &spec, 0, &o);

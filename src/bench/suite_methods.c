@@ -83,6 +83,14 @@ static void fill(const char *pattern, uint32_t keep, char *out, size_t cap)
     out[at] = '\0';
 }
 
+static const char *pattern_of(const char *name)
+{
+    for (size_t i = 0; i < sizeof scaled / sizeof *scaled; i++)
+        if (strcmp(scaled[i].name, name) == 0)
+            return scaled[i].spec;
+    return name;
+}
+
 /* A probe that says again what is held costs that much at every eviction; its papers run it once, on the full cache. */
 static bool wants_full_first(const char *spec)
 {
@@ -102,7 +110,7 @@ static kvs_status add_cell(grid *g, const char *spec, bool full_first, const cha
     kvs_bench_run_spec *r = &g->runs[g->n];
     *r = (kvs_bench_run_spec){0};
     char text[320];
-    fill(spec, keep, text, sizeof text);
+    fill(pattern_of(spec), keep, text, sizeof text);
     int length;
     if (full_first)
         length = snprintf(r->policy, sizeof r->policy, "%s +protect=none +keep=%utok +schedule=once:%utok", text, keep,
@@ -165,14 +173,6 @@ static kvs_status add_spec(grid *g, const char *spec, bool full_first, kvs_error
     return KVS_OK;
 }
 
-static const char *spec_of(const char *name)
-{
-    for (size_t i = 0; i < sizeof scaled / sizeof *scaled; i++)
-        if (strcmp(scaled[i].name, name) == 0)
-            return scaled[i].spec;
-    return name;
-}
-
 /* One that needs a file does not parse by its name alone: it is not run. */
 static kvs_status add_presets(grid *g, kvs_error *err)
 {
@@ -181,7 +181,7 @@ static kvs_status add_presets(grid *g, kvs_error *err)
         kvs_policy p;
         if (ops->never_evicts || kvs_policy_parse(ops->name, NULL, false, &p, NULL) != KVS_OK)
             continue;
-        KVS_TRY(add_spec(g, spec_of(ops->name), wants_full_first(ops->name), err));
+        KVS_TRY(add_spec(g, ops->name, wants_full_first(ops->name), err));
     }
     return KVS_OK;
 }
