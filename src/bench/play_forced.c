@@ -203,24 +203,9 @@ static void set_nulls(json_t *row, const char *const *keys, size_t n)
         json_object_set_new(row, keys[i], json_null());
 }
 
-static void record_turn(play_state *s, player *pl, const kvs_session *session)
+/* What the turn's end leaves; pl's sums and marks move on. */
+static void record_state(json_t *row, player *pl, const kvs_session *session)
 {
-    const kvs_script_turn *t = &s->script->turns[s->turn];
-    json_t *row = json_object();
-    json_object_set_new(row, "run", json_string(pl->spec->id));
-    json_object_set_new(row, "dialogue", json_string(s->script->id));
-    json_object_set_new(row, "turn", json_integer(s->turn));
-    json_object_set_new(row, "protocol", json_string("tf"));
-    json_object_set_new(row, "token_begin", json_integer(t->begin));
-    json_object_set_new(row, "token_end", json_integer(t->end));
-    static const char *const score_keys[] = {"n_scored", "nll",        "nll_ref", "kl_mean", "kl_p95",
-                                             "kl_p99",   "kl_first32", "jsd",     "top1",    "rms_dp"};
-    static const char *const rest[] = {
-        "ttft_ms", "tpot_ms", "prefill_ms",     "decode_ms", "tokenise_ms", "n_generated", "rep1",       "rep2", "rep3",
-        "rep4",    "looped",  "longest_repeat", "max_run",   "period",      "prompt_echo", "eos_missing"};
-    set_nulls(row, score_keys, sizeof score_keys / sizeof *score_keys);
-    if (pl->failed == KVS_OK)
-        turn_row_scores(row, &pl->scores, s->turn);
     kvs_usage u;
     kvs_session_get_usage(session, &u);
     kvs_health h;
@@ -237,13 +222,42 @@ static void record_turn(play_state *s, player *pl, const kvs_session *session)
     json_object_set_new(row, "health", kvs_json_real(h.score));
     json_object_set_new(row, "health_worst", json_string(h.worst));
     kvs_record_positions(row, session);
-    set_nulls(row, rest, sizeof rest / sizeof *rest);
-    json_object_set_new(row, "failure", pl->failed == KVS_OK ? json_null() : json_string(pl->failure));
-    json_array_append_new(s->turns, row);
     pl->health_sum += h.score;
     pl->live_sum += (double)u.live_bytes;
     pl->n_turns_recorded++;
     pl->turn_usage = u;
+}
+
+static void record_turn(play_state *s, player *pl, const kvs_session *session)
+{
+    const kvs_script_turn *t = &s->script->turns[s->turn];
+    json_t *row = json_object();
+    json_object_set_new(row, "run", json_string(pl->spec->id));
+    json_object_set_new(row, "dialogue", json_string(s->script->id));
+    json_object_set_new(row, "turn", json_integer(s->turn));
+    json_object_set_new(row, "protocol", json_string("tf"));
+    json_object_set_new(row, "token_begin", json_integer(t->begin));
+    json_object_set_new(row, "token_end", json_integer(t->end));
+    static const char *const score_keys[] = {"n_scored", "nll",        "nll_ref", "kl_mean", "kl_p95",
+                                             "kl_p99",   "kl_first32", "jsd",     "top1",    "rms_dp"};
+    static const char *const rest[] = {
+        "ttft_ms", "tpot_ms", "prefill_ms",     "decode_ms", "tokenise_ms", "n_generated", "rep1",       "rep2", "rep3",
+        "rep4",    "looped",  "longest_repeat", "max_run",   "period",      "prompt_echo", "eos_missing"};
+    static const char *const state_keys[] = {
+        "live_bytes",    "kv_bytes",          "live_slots_max", "evictions",    "evict_ms", "score_ms", "select_ms",
+        "move_ms",       "probe_ms",          "health",         "health_worst", "ldd",      "rddi",     "future",
+        "out_of_window", "collision",         "order",          "backward",     "gap",      "seam",     "adjacency",
+        "prefix",        "template_integrity"};
+    set_nulls(row, score_keys, sizeof score_keys / sizeof *score_keys);
+    if (pl->failed == KVS_OK)
+        turn_row_scores(row, &pl->scores, s->turn);
+    if (session != NULL)
+        record_state(row, pl, session);
+    else
+        set_nulls(row, state_keys, sizeof state_keys / sizeof *state_keys);
+    set_nulls(row, rest, sizeof rest / sizeof *rest);
+    json_object_set_new(row, "failure", pl->failed == KVS_OK ? json_null() : json_string(pl->failure));
+    json_array_append_new(s->turns, row);
     pl->turn_evictions = 0;
 }
 
@@ -372,7 +386,7 @@ static kvs_status end_turn(play_state *s, kvs_error *err)
     for (uint32_t i = 0; i < s->p->n_runs; i++) {
         player *pl = &s->players[i];
         const kvs_session *session = i == 0 ? s->trunk[0] : pl->session;
-        if (session == NULL || pl->retired)
+        if (pl->retired || (session == NULL && pl->failed == KVS_OK))
             continue;
         if (i > 0 && pl->failed == KVS_OK)
             KVS_TRY(kvs_session_turn_end(pl->session, err));

@@ -70,17 +70,31 @@ bool kvs_play_cancelled(const kvs_play *p)
     return p->opt->cancel != NULL && *p->opt->cancel != 0;
 }
 
-/* What a fork cannot take over: sums over all rows so far, and what a policy writes beside its slots. */
+/* What a fork of the full cache has: what stands in the slots, the queries of rows read since, and the mass of the latest
+ * forward where the trunk records it. Whatever else a policy needs is a sum over all rows so far, or its own. */
 enum {
-    NEEDS_ALL_ROWS = KVS_POLICY_NEEDS_MASS_SUM | KVS_POLICY_NEEDS_MASS_EMA | KVS_POLICY_NEEDS_MASS_MAX |
-                     KVS_POLICY_NEEDS_CARRY | KVS_POLICY_NEEDS_QUERY_STATS
+    NEEDS_OF_A_FORK = KVS_POLICY_NEEDS_MASS_LAST | KVS_POLICY_NEEDS_KEYS | KVS_POLICY_NEEDS_KEYS_RAW |
+                      KVS_POLICY_NEEDS_VALUES | KVS_POLICY_NEEDS_WINDOW | KVS_POLICY_NEEDS_LOGITS |
+                      KVS_POLICY_NEEDS_PAIRS | KVS_POLICY_NEEDS_PROBE | KVS_POLICY_NEEDS_OUT_NORM
 };
+
+/* Stages that remember no rows. One that is not listed plays alone from the first token: slower, never wrong. */
+static bool remembers_nothing(const kvs_choice_info *stage)
+{
+    static const char *const names[] = {"pyramid", "ada", "global", "composite", "skip", "chunk", "block", "sentence"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (stage == NULL || strcmp(stage->name, names[i]) == 0)
+            return true;
+    return false;
+}
 
 bool kvs_play_shares(const kvs_bench_run_spec *run, const kvs_policy *policy, uint32_t end)
 {
-    if ((kvs_policy_needs(policy) & NEEDS_ALL_ROWS) != 0)
+    const uint32_t needs = kvs_policy_needs(policy), window = kvs_policy_window(policy);
+    if ((needs & ~(uint32_t)NEEDS_OF_A_FORK) != 0 ||
+        !remembers_nothing(policy->budget == NULL ? NULL : &policy->budget->info) ||
+        !remembers_nothing(policy->select == NULL ? NULL : &policy->select->info))
         return false;
-    const uint32_t window = kvs_policy_window(policy);
     return run->first_tokens >= end && run->first_tokens - end >= window;
 }
 

@@ -75,6 +75,9 @@ static kvs_status read_options(bench *b, kvs_error *err)
     }
     if (o->free_running)
         b->scaled.free_dialogues = b->scaled.n_dialogues;
+    if (b->suite->registry && (o->paper_compat || o->free_running))
+        return kvs_error_set(err, KVS_EINVAL, "suite %s is teacher-forced and holds every policy alike: it takes no %s",
+                             b->suite->name, o->paper_compat ? "--paper-compat" : "--free-running");
     if (o->shard_count > 1 && o->shard_index >= o->shard_count)
         return kvs_error_set(err, KVS_EINVAL, "shard %u of %u does not exist: they count from 0", o->shard_index,
                              o->shard_count);

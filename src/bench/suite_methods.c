@@ -205,7 +205,9 @@ static kvs_status add_stages(grid *g, kvs_error *err)
             KVS_TRY(add_spec(g, spec, false, err));
     }
     for (uint32_t i = 0; combinations[i] != NULL; i++)
-        KVS_TRY(add_spec(g, combinations[i], false, err));
+        if (kvs_policy_parse(combinations[i], NULL, false, &p, NULL) ==
+            KVS_OK) /* one that is refused is told as not run */
+            KVS_TRY(add_spec(g, combinations[i], false, err));
     for (uint32_t i = 0; after_full[i] != NULL; i++)
         KVS_TRY(add_spec(g, after_full[i], true, err));
     return KVS_OK;
