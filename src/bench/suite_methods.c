@@ -38,6 +38,8 @@ static const char *const combinations[] = {
     "expected_attention +budget=ada",
     "knorm +budget=global",
     "chunkkv +select=chunk:length=10,reuse=2",
+    "h2o +dispose=cam",
+    "snapkv +dispose=merge",
     NULL,
 };
 
