@@ -33,7 +33,7 @@ define build
 	    echo "built $(2) in $(1) ($$(( $$(date +%s) - start )) s)"
 endef
 
-.PHONY: all setup bench test test-neon oracle-llama oracle-transformers asan tsan lint fuzz bench-kernels compare-speed warnings install \
+.PHONY: all setup bench methods test test-neon oracle-llama oracle-transformers asan tsan lint fuzz bench-kernels compare-speed warnings install \
         clean help $(BUILD)/kvasir
 
 all: setup ## build/kvasir and libkvasir.so
@@ -52,6 +52,17 @@ export KVASIR_DATA
 bench: setup ## the main job: build/kvasir bench --suite demo (more with ARGS="...")
 	$(call build,$(BUILD),kvasir,)
 	$(BUILD)/kvasir bench --suite demo $(ARGS)
+
+# docs/methods.md from the registry and a run: two shards of one thread, which --resume puts together.
+METHODS_OUT ?= kvasir-bench-methods
+METHODS_ORACLE ?=
+methods: setup ## every preset at 10, 20, 50 % of the cache, then docs/methods.md (an hour at most; METHODS_ORACLE=FILE.json)
+	$(call build,$(BUILD),kvasir,)
+	$(BUILD)/kvasir bench --suite methods --out $(METHODS_OUT) --threads 1 --shard 1/2 $(ARGS) >/dev/null & other=$$!; \
+	    $(BUILD)/kvasir bench --suite methods --out $(METHODS_OUT) --threads 1 --shard 0/2 $(ARGS) >/dev/null; \
+	    first=$$?; wait $$other && exit $$first
+	$(BUILD)/kvasir bench --suite methods --out $(METHODS_OUT) --threads 1 --resume $(ARGS) >/dev/null
+	scripts/methods-doc $(METHODS_OUT) --kvasir $(BUILD)/kvasir $(if $(METHODS_ORACLE),--oracle $(METHODS_ORACLE))
 
 test: setup ## unit tests, no network; the last line is "N passed, N failed"
 	$(call build,$(BUILD),unit-tests,)

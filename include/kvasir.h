@@ -242,7 +242,9 @@ typedef struct kvs_usage {
     uint64_t n_evictions, n_slots_evicted;           /* events; slots over all heads */
     uint64_t evict_ns, score_ns, select_ns, move_ns; /* time of eviction in all and its parts */
     uint64_t n_ffn_blocks, n_ffn_skipped; /* of tokens under ffn_skip's rule: in all, and those left out; 0 while off */
-    double footprint; /* sum over tokens of live slots, as a share of the full cache's (arXiv 2506.17121) */
+    double footprint;   /* sum over tokens of live slots, as a share of the full cache's (arXiv 2506.17121) */
+    uint64_t probe_ns;  /* part of evict_ns: rows that ran to judge slots and were thrown away */
+    uint64_t own_bytes; /* part of scratch_bytes that is this session's alone: query log, probe, eviction's arrays */
 } kvs_usage;
 KVS_API void kvs_session_get_usage(const kvs_session *s, kvs_usage *usage);
 

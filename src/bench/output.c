@@ -139,7 +139,14 @@ kvs_status kvs_output_summary(const char *dir, const json_t *parts, kvs_error *e
                                           "prefill_tok_per_s",
                                           "decode_tok_per_s",
                                           "evict_ms_total",
-                                          "peak_rss_bytes"};
+                                          "peak_rss_bytes",
+                                          "own_tokens",
+                                          "score_ms_total",
+                                          "select_ms_total",
+                                          "move_ms_total",
+                                          "probe_ms_total",
+                                          "side_bytes",
+                                          "own_bytes"};
     const size_t n = sizeof columns / sizeof *columns;
     target t = {0};
     KVS_TRY(begin(&t, dir, "summary.csv", err));

@@ -5,6 +5,7 @@
 
 #include "bench/dialogue.h"
 #include "bench/suite.h"
+#include "policy/policy.h"
 
 #include <jansson.h>
 
@@ -24,6 +25,8 @@ typedef struct kvs_script {
 } kvs_script;
 kvs_status kvs_script_render(const kvs_model *m, const kvs_dialogue *d, kvs_script *out, kvs_error *err);
 void kvs_script_free(kvs_script *s);
+/* Keeps the first n_tokens. */
+void kvs_script_cut(kvs_script *s, uint32_t n_tokens);
 
 typedef struct kvs_play {
     kvs_model *model;
@@ -61,6 +64,9 @@ json_t *kvs_json_ranges(const int32_t *pos, uint32_t n, uint32_t max_ranges); /*
 void kvs_record_positions(json_t *row, const kvs_session *s);
 uint64_t kvs_peak_rss_bytes(void);
 bool kvs_play_cancelled(const kvs_play *p);
+/* Whether up to token `end` the full cache stands for the run: nothing can be evicted yet, and what its policy remembers of
+ * rows (the newest ones' queries, the latest forward's attention) is there if it goes on alone from then. */
+bool kvs_play_shares(const kvs_bench_run_spec *run, const kvs_policy *policy, uint32_t end);
 /* Options of a run's session; budget_tokens 0 means n_tokens. */
 void kvs_play_options(const kvs_play *p, const kvs_bench_run_spec *run, uint32_t n_tokens, kvs_session_options *o);
 

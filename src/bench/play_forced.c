@@ -29,6 +29,7 @@ typedef struct player {
     kvs_session *session; /* NULL: not forked yet */
     kvs_scores scores;
     kvs_usage turn_usage;   /* at the turn's begin */
+    uint64_t forked_at;     /* tokens it did not read itself */
     uint64_t last_eviction; /* token_idx; UINT64_MAX: none */
     uint64_t first_logits;  /* hash of the first logits after the first eviction; 0: none */
     uint32_t turn_evictions;
@@ -202,6 +203,31 @@ static void set_nulls(json_t *row, const char *const *keys, size_t n)
         json_object_set_new(row, keys[i], json_null());
 }
 
+/* What the turn's end leaves; pl's sums and marks move on. */
+static void record_state(json_t *row, player *pl, const kvs_session *session)
+{
+    kvs_usage u;
+    kvs_session_get_usage(session, &u);
+    kvs_health h;
+    kvs_session_get_health(session, &h);
+    json_object_set_new(row, "live_bytes", json_integer((json_int_t)u.live_bytes));
+    json_object_set_new(row, "kv_bytes", json_integer((json_int_t)u.kv_bytes));
+    json_object_set_new(row, "live_slots_max", json_integer(u.n_slots_max));
+    json_object_set_new(row, "evictions", json_integer(pl->turn_evictions));
+    json_object_set_new(row, "evict_ms", kvs_json_ms(u.evict_ns - pl->turn_usage.evict_ns));
+    json_object_set_new(row, "score_ms", kvs_json_ms(u.score_ns - pl->turn_usage.score_ns));
+    json_object_set_new(row, "select_ms", kvs_json_ms(u.select_ns - pl->turn_usage.select_ns));
+    json_object_set_new(row, "move_ms", kvs_json_ms(u.move_ns - pl->turn_usage.move_ns));
+    json_object_set_new(row, "probe_ms", kvs_json_ms(u.probe_ns - pl->turn_usage.probe_ns));
+    json_object_set_new(row, "health", kvs_json_real(h.score));
+    json_object_set_new(row, "health_worst", json_string(h.worst));
+    kvs_record_positions(row, session);
+    pl->health_sum += h.score;
+    pl->live_sum += (double)u.live_bytes;
+    pl->n_turns_recorded++;
+    pl->turn_usage = u;
+}
+
 static void record_turn(play_state *s, player *pl, const kvs_session *session)
 {
     const kvs_script_turn *t = &s->script->turns[s->turn];
@@ -217,31 +243,21 @@ static void record_turn(play_state *s, player *pl, const kvs_session *session)
     static const char *const rest[] = {
         "ttft_ms", "tpot_ms", "prefill_ms",     "decode_ms", "tokenise_ms", "n_generated", "rep1",       "rep2", "rep3",
         "rep4",    "looped",  "longest_repeat", "max_run",   "period",      "prompt_echo", "eos_missing"};
+    static const char *const state_keys[] = {
+        "live_bytes",    "kv_bytes",          "live_slots_max", "evictions",    "evict_ms", "score_ms", "select_ms",
+        "move_ms",       "probe_ms",          "health",         "health_worst", "ldd",      "rddi",     "future",
+        "out_of_window", "collision",         "order",          "backward",     "gap",      "seam",     "adjacency",
+        "prefix",        "template_integrity"};
     set_nulls(row, score_keys, sizeof score_keys / sizeof *score_keys);
     if (pl->failed == KVS_OK)
         turn_row_scores(row, &pl->scores, s->turn);
-    kvs_usage u;
-    kvs_session_get_usage(session, &u);
-    kvs_health h;
-    kvs_session_get_health(session, &h);
-    json_object_set_new(row, "live_bytes", json_integer((json_int_t)u.live_bytes));
-    json_object_set_new(row, "kv_bytes", json_integer((json_int_t)u.kv_bytes));
-    json_object_set_new(row, "live_slots_max", json_integer(u.n_slots_max));
-    json_object_set_new(row, "evictions", json_integer(pl->turn_evictions));
-    json_object_set_new(row, "evict_ms", kvs_json_ms(u.evict_ns - pl->turn_usage.evict_ns));
-    json_object_set_new(row, "score_ms", kvs_json_ms(u.score_ns - pl->turn_usage.score_ns));
-    json_object_set_new(row, "select_ms", kvs_json_ms(u.select_ns - pl->turn_usage.select_ns));
-    json_object_set_new(row, "move_ms", kvs_json_ms(u.move_ns - pl->turn_usage.move_ns));
-    json_object_set_new(row, "health", kvs_json_real(h.score));
-    json_object_set_new(row, "health_worst", json_string(h.worst));
-    kvs_record_positions(row, session);
+    if (session != NULL)
+        record_state(row, pl, session);
+    else
+        set_nulls(row, state_keys, sizeof state_keys / sizeof *state_keys);
     set_nulls(row, rest, sizeof rest / sizeof *rest);
     json_object_set_new(row, "failure", pl->failed == KVS_OK ? json_null() : json_string(pl->failure));
     json_array_append_new(s->turns, row);
-    pl->health_sum += h.score;
-    pl->live_sum += (double)u.live_bytes;
-    pl->n_turns_recorded++;
-    pl->turn_usage = u;
     pl->turn_evictions = 0;
 }
 
@@ -269,7 +285,7 @@ static kvs_status fork_due(play_state *s, uint32_t end, kvs_error *err)
         kvs_policy policy;
         KVS_TRY(kvs_policy_parse(pl->spec->policy, pl->spec->position, s->p->opt->paper_compat, &policy, err));
         const bool taps = (kvs_policy_needs(&policy) & KVS_POLICY_NEEDS_MASS) != 0;
-        if (pl->spec->first_tokens >= end) {
+        if (kvs_play_shares(pl->spec, &policy, end)) {
             trunk_needed |= taps;
             continue;
         }
@@ -284,6 +300,7 @@ static kvs_status fork_due(play_state *s, uint32_t end, kvs_error *err)
             snprintf(pl->failure, sizeof pl->failure, "%s", e.message);
             continue;
         }
+        pl->forked_at = s->trunk[0]->n_tokens;
         kvs_session_on_event(pl->session, on_event, pl);
         kvs_session_get_usage(pl->session, &pl->turn_usage);
     }
@@ -314,7 +331,8 @@ static kvs_status run_block(play_state *s, uint32_t begin, uint32_t end, kvs_err
     s->block_begin = begin;
     s->n_wanted = 0;
     for (uint32_t i = begin; i < end; i++)
-        s->want[i - begin] = i + 1 < s->script->n_tokens && s->script->flags[i + 1] & KVS_TOKEN_ASSISTANT;
+        s->want[i - begin] = i + 1 < s->script->n_tokens && s->script->flags[i + 1] & KVS_TOKEN_ASSISTANT &&
+                             (!s->p->suite->registry || is_compared(s, i));
     owner[n] = &s->players[0];
     runs[n] = common;
     runs[n].session = s->trunk[0];
@@ -368,7 +386,7 @@ static kvs_status end_turn(play_state *s, kvs_error *err)
     for (uint32_t i = 0; i < s->p->n_runs; i++) {
         player *pl = &s->players[i];
         const kvs_session *session = i == 0 ? s->trunk[0] : pl->session;
-        if (session == NULL || pl->retired)
+        if (pl->retired || (session == NULL && pl->failed == KVS_OK))
             continue;
         if (i > 0 && pl->failed == KVS_OK)
             KVS_TRY(kvs_session_turn_end(pl->session, err));
@@ -463,7 +481,7 @@ static json_t *summary_row(const play_state *s, const player *pl, const kvs_sess
     kvs_session_get_usage(session, &u);
     json_t *row = json_object();
     json_object_set_new(row, "run", json_string(pl->spec->id));
-    json_object_set_new(row, "policy", json_string(pl->spec->policy));
+    json_object_set_new(row, "policy", json_string(pl->spec->label[0] != '\0' ? pl->spec->label : pl->spec->policy));
     json_object_set_new(row, "position", json_string(pl->spec->position));
     json_object_set_new(row, "dialogue", json_string(s->script->id));
     json_object_set_new(row, "protocol", json_string("tf"));
@@ -489,6 +507,13 @@ static json_t *summary_row(const play_state *s, const player *pl, const kvs_sess
     set_nulls(row, free_only, sizeof free_only / sizeof *free_only);
     json_object_set_new(row, "evict_ms_total", kvs_json_ms(u.evict_ns));
     json_object_set_new(row, "peak_rss_bytes", json_integer((json_int_t)kvs_peak_rss_bytes()));
+    json_object_set_new(row, "own_tokens", json_integer((json_int_t)(session->n_tokens - pl->forked_at)));
+    json_object_set_new(row, "score_ms_total", kvs_json_ms(u.score_ns));
+    json_object_set_new(row, "select_ms_total", kvs_json_ms(u.select_ns));
+    json_object_set_new(row, "move_ms_total", kvs_json_ms(u.move_ns));
+    json_object_set_new(row, "probe_ms_total", kvs_json_ms(u.probe_ns));
+    json_object_set_new(row, "side_bytes", json_integer((json_int_t)u.side_bytes_peak));
+    json_object_set_new(row, "own_bytes", json_integer((json_int_t)u.own_bytes));
     return row;
 }
 
@@ -619,6 +644,8 @@ kvs_status kvs_play_forced(const kvs_play *p, const kvs_script *script, json_t *
         if (!p->runs[i].is_reference)
             s.late_from = kvs_min_u32(s.late_from, p->runs[i].first_tokens);
     }
+    if (p->suite->registry) /* the same tokens for every budget: where the largest has long evicted */
+        s.late_from = kvs_min_u32(p->suite->score_from_tokens, script->n_tokens);
     s.noise_player = (player){.spec = &noise_spec, .state = &s, .last_eviction = UINT64_MAX};
     init_player(&s.noise_player, s.n_bins);
     json_t *out = json_object();

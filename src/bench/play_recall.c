@@ -166,7 +166,7 @@ static kvs_status fork_due(recall_state *s, uint32_t end, kvs_error *err)
         kvs_policy policy;
         KVS_TRY(kvs_policy_parse(r->spec->policy, r->spec->position, s->p->opt->paper_compat, &policy, err));
         const bool taps = (kvs_policy_needs(&policy) & KVS_POLICY_NEEDS_MASS) != 0;
-        if (r->spec->first_tokens >= end) {
+        if (kvs_play_shares(r->spec, &policy, end)) {
             trunk_needed |= taps;
             continue;
         }
@@ -385,8 +385,10 @@ static kvs_status open_probe(const recall_state *s, recaller *r, kvs_error *err)
     kvs_session *from = r == &s->recallers[0] ? s->trunk[0] : r->session;
     kvs_usage u;
     kvs_session_get_usage(from, &u);
-    kvs_bench_run_spec spec = {
-        .is_reference = true, .policy = "baseline", .budget_tokens = (uint32_t)u.budget_tokens + PROBE_TOKENS};
+    /* Where heads differ in length the fullest may hold more than the budget's mean. */
+    kvs_bench_run_spec spec = {.is_reference = true,
+                               .policy = "baseline",
+                               .budget_tokens = kvs_max_u32((uint32_t)u.budget_tokens, u.n_slots_max) + PROBE_TOKENS};
     snprintf(spec.position, sizeof spec.position, "%s", r->spec->position);
     kvs_session_options o;
     kvs_play_options(s->p, &spec, 0, &o);

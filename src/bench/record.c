@@ -70,6 +70,34 @@ bool kvs_play_cancelled(const kvs_play *p)
     return p->opt->cancel != NULL && *p->opt->cancel != 0;
 }
 
+/* What a fork of the full cache has: what stands in the slots, the queries of rows read since, and the mass of the latest
+ * forward where the trunk records it. Whatever else a policy needs is a sum over all rows so far, or its own. */
+enum {
+    NEEDS_OF_A_FORK = KVS_POLICY_NEEDS_MASS_LAST | KVS_POLICY_NEEDS_KEYS | KVS_POLICY_NEEDS_KEYS_RAW |
+                      KVS_POLICY_NEEDS_VALUES | KVS_POLICY_NEEDS_WINDOW | KVS_POLICY_NEEDS_LOGITS |
+                      KVS_POLICY_NEEDS_PAIRS | KVS_POLICY_NEEDS_PROBE | KVS_POLICY_NEEDS_OUT_NORM
+};
+
+/* Stages that remember no rows. One that is not listed plays alone from the first token: slower, never wrong. */
+static bool remembers_nothing(const kvs_choice_info *stage)
+{
+    static const char *const names[] = {"pyramid", "ada", "global", "composite", "skip", "chunk", "block", "sentence"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (stage == NULL || strcmp(stage->name, names[i]) == 0)
+            return true;
+    return false;
+}
+
+bool kvs_play_shares(const kvs_bench_run_spec *run, const kvs_policy *policy, uint32_t end)
+{
+    const uint32_t needs = kvs_policy_needs(policy), window = kvs_policy_window(policy);
+    if ((needs & ~(uint32_t)NEEDS_OF_A_FORK) != 0 ||
+        !remembers_nothing(policy->budget == NULL ? NULL : &policy->budget->info) ||
+        !remembers_nothing(policy->select == NULL ? NULL : &policy->select->info))
+        return false;
+    return run->first_tokens >= end && run->first_tokens - end >= window;
+}
+
 void kvs_play_options(const kvs_play *p, const kvs_bench_run_spec *run, uint32_t n_tokens, kvs_session_options *o)
 {
     kvs_session_options_default(o);
@@ -158,4 +186,16 @@ void kvs_script_free(kvs_script *s)
     free(s->flags);
     free(s->turns);
     *s = (kvs_script){0};
+}
+
+void kvs_script_cut(kvs_script *s, uint32_t n_tokens)
+{
+    if (n_tokens >= s->n_tokens)
+        return;
+    s->n_tokens = n_tokens;
+    while (s->turns[s->n_turns - 1].begin >= n_tokens)
+        s->n_turns--;
+    kvs_script_turn *last = &s->turns[s->n_turns - 1];
+    last->end = n_tokens;
+    last->answer = kvs_min_u32(last->answer, n_tokens);
 }

@@ -297,7 +297,10 @@ function reproduce() {
 
 document.title = `Kvasir: ${(M.model && M.model.name) || ''}, ${M.suite || ''} suite`;
 header();
-const parts = [claims, interaction, pareto, mainTable, recall, curves, positions, maps, latency, healthTable, tracking, degeneration, evictions, failures, reproduce];
+/* With one position mode there is nothing for the first figure to answer: what the grid compares is the policies. */
+const oneMode = new Set(RUNS.filter(r => !r.baseline).map(r => modeKind(r.position))).size < 2;
+const first = oneMode ? [pareto, claims] : [claims, interaction, pareto];
+const parts = [...first, mainTable, recall, curves, positions, maps, latency, healthTable, tracking, degeneration, evictions, failures, reproduce];
 for (const part of parts) {
   try {
     part();

@@ -38,7 +38,7 @@ const RUNS = M.runs.map((r, i) => {
 });
 const budgetKeys = [...new Set(RUNS.filter(r => !r.baseline).map(r => r.budget_bytes))].sort((a, b) => a - b);
 const budgetText = r => (known(r.budget_bytes) ? fmt(r.budget_bytes / MIB) + '\u2009MiB' : '\u2013') + (known(r.budget_tokens) && r.budget_tokens ? `, ${fmt(r.budget_tokens)} tok` : '');
-const runText = r => `${r.name}, ${r.position}` + (r.baseline || budgetKeys.length < 2 ? '' : `, ${known(r.budget_tokens) && r.budget_tokens ? fmt(r.budget_tokens) + ' tok' : fmt(r.budget_bytes / MIB) + ' MiB'}`);
+const runText = r => `${r.name}, ${r.position}` + (r.share ? `, ${r.share}` : r.baseline || budgetKeys.length < 2 ? '' : `, ${known(r.budget_tokens) && r.budget_tokens ? fmt(r.budget_tokens) + ' tok' : fmt(r.budget_bytes / MIB) + ' MiB'}`);
 
 /* [mean, low, high, n] of a summary column; the other protocol stands in where the wanted one has no value. */
 function mean(run, column, protocol = TF) {
@@ -264,9 +264,72 @@ function hull(points) {
   return out;
 }
 
+/* ---- P1 of a grid of methods: a panel a share of the cache, the best and the worst named ---- */
+
+const MANY = 12; /* policies beyond which shapes no longer tell them apart */
+
+/* Marks of one size and nearly one KL, side by side. */
+function sideBySide(points, x, y) {
+  const seen = new Map();
+  for (const p of points.slice().sort((a, b) => a.k - b.k)) {
+    const key = Math.round(x(p.x) / 7) + '|' + Math.round(y(p.k) / 6), k = seen.get(key) || 0;
+    seen.set(key, k + 1);
+    p.px = x(p.x) + Math.ceil(k / 2) * 6 * (k % 2 ? 1 : -1);
+    p.py = y(p.k);
+  }
+}
+
+function sharePanel(g, own, from, all, top, bottom, o) {
+  const x0 = from + 52, width = all - 52, y = klScale(own.map(p => p.k), FLOOR, top, bottom);
+  const plotW = width * 0.4, xs = own.filter(p => !p.late).map(p => p.x), least = Math.min(...xs), most = Math.max(...xs);
+  const x = logarithmic(least / 1.04, most * 1.04, x0 + 12, x0 + plotW - 16);
+  axisY(g, y, x0, x0 + plotW, { n: 6, label: o.first ? 'KL(full \u2016 policy), nat per token, log; each panel its own scale' : null, labelX: 0, labelY: 12 });
+  g.append(svg('line', { class: 'axis', x1: x0, x2: x0 + plotW, y1: bottom + 0.5, y2: bottom + 0.5 }));
+  for (const v of most > least * 1.03 ? [least, most] : [least]) g.append(svg('text', { x: x(v), y: bottom + 17, 'text-anchor': 'middle' }, fmt(v)));
+  g.append(svg('text', { x: x0 + plotW / 2, y: bottom + 36, 'text-anchor': 'middle', class: 'strong' }, `${o.share} of the cache, peak MiB`));
+  const held = own.filter(p => !p.late), front = hull(held);
+  sideBySide(held, x, y);
+  for (const p of own.filter(q => q.late)) Object.assign(p, { px: x0 + plotW - 5, py: y(p.k) });
+  let d = '';
+  front.forEach((p, i) => { d += (i ? `H${x(p.x).toFixed(1)}V${p.py.toFixed(1)}` : `M${x(p.x).toFixed(1)} ${p.py.toFixed(1)}`); });
+  g.append(svg('path', { d: d + `H${(x0 + plotW - 12).toFixed(1)}`, fill: 'none', stroke: 'var(--ink)', 'stroke-width': 1.3 }));
+  const order = held.slice().sort((a, b) => a.k - b.k), named = new Set([...order.slice(0, o.best), ...order.slice(-o.worst), ...front, ...own.filter(p => p.late).sort((a, b) => a.k - b.k).slice(0, 2)]);
+  const list = [...named].sort((a, b) => b.k - a.k), ys = spreadLabels(list.map(p => p.py), 14, top, bottom);
+  for (const p of own) {
+    const group = svg('g', { 'data-p': p.r.p }), best = front.includes(p);
+    group.append(tip(shape(p.late ? 'diamond' : 'circle', p.px, p.py, best ? 4.6 : 3.6, p.late ? { fill: 'var(--card)', stroke: p.r.colour, 'stroke-width': 1.6 } : { fill: p.r.colour, 'fill-opacity': best ? 1 : 0.45 }),
+      runTip(p.r, p.m, [['peak KV', fmt(p.b.v / MIB) + ' MiB'], ['best at this memory', best ? 'yes' : 'no']])));
+    const i = list.indexOf(p);
+    if (i >= 0) group.append(svg('path', { d: linePath([[p.px + 5, p.py], [x0 + plotW + 12, ys[i]]]), stroke: 'var(--line)', fill: 'none' }),
+      svg('text', { x: x0 + plotW + 15, y: ys[i] + 4, class: best ? 'strong' : null }, cut(p.r.policy.replace(' (full first)', ' \u25c7'), Math.floor((width - plotW - 22) / 6)), svg('title', {}, p.r.policy)));
+    g.append(group);
+  }
+}
+
+function paretoOfShares(points) {
+  const shares = [...new Set(points.map(p => p.r.share))].sort((a, b) => parseFloat(a) - parseFloat(b));
+  for (const p of points) p.late = / \(full first\)$/.test(p.r.policy);
+  const box = plot('KL against peak KV memory, a panel a share of the cache', (g, w) => {
+    const per = w < 760 ? 1 : shares.length, fw = w / per, h = 520;
+    shares.forEach((share, i) => {
+      const top = 28 + Math.floor(i / per) * (h + 24), bottom = top + h - 70;
+      sharePanel(g, points.filter(p => p.r.share === share), (i % per) * fw, fw, top, bottom, { share, first: i % per === 0, best: 16, worst: 5 });
+    });
+    return Math.ceil(shares.length / per) * (h + 24) + 10;
+  });
+  const pick = chooser('show', [['', 'all']].concat([...new Set(points.map(p => p.r.p))].map(p => [String(p), policies[p]])), '', v => {
+    for (const node of box.querySelectorAll('[data-p]')) node.classList.toggle('dim', v !== '' && node.dataset.p !== v);
+  });
+  card('pareto', 'Quality against memory', `Every preset at the same number of kept slots, ${shares.join(', ')} of the dialogue. Down and left is better; the stair is the best that any reached with that much memory or less.`,
+    el('div', { class: 'controls' }, pick), box,
+    foot('Named: the best and the worst of each panel. Peak KV memory is what the cache reserved at its largest, side arrays included. Diamonds see the full cache first and have its peak; they stand at the right border. Hover a mark for its interval.'));
+}
+
 function pareto() {
   const points = RUNS.map(r => ({ r, m: mean(r, 'kl_mean'), b: mean(r, 'peak_kv_bytes') })).filter(o => known(o.m.v) && known(o.b.v))
     .map(o => Object.assign(o, { x: o.b.v / MIB, k: o.m.v }));
+  const shared = points.filter(o => o.r.share);
+  if (new Set(shared.map(o => o.r.p)).size > MANY) return void paretoOfShares(shared);
   if (!points.length) return void card('pareto', 'Quality against memory', null, el('p', { class: 'empty' }, 'No run with both a KL and a KV size.'));
   const box = plot('KL against peak KV memory', (g, w) => {
     const left = 56, right = 18, top = 26, h = w < 560 ? 330 : 400, bottom = h - 48;

@@ -57,7 +57,7 @@ static kvs_status unknown_suite(const char *name, kvs_error *err)
     for (const kvs_suite *s; n < 8 && (s = kvs_suite_at((uint32_t)n)) != NULL; n++)
         names[n] = s->name;
     const char *near = kvs_nearest(name, names, n);
-    return kvs_error_set(err, KVS_EINVAL, "unknown suite '%s'%s%s%s: known are smoke, demo, paper, full", name,
+    return kvs_error_set(err, KVS_EINVAL, "unknown suite '%s'%s%s%s: known are smoke, demo, paper, full, methods", name,
                          near ? ", did you mean '" : "", near ? near : "", near ? "'" : "");
 }
 
@@ -75,13 +75,16 @@ static kvs_status read_options(bench *b, kvs_error *err)
     }
     if (o->free_running)
         b->scaled.free_dialogues = b->scaled.n_dialogues;
+    if (b->suite->registry && (o->paper_compat || o->free_running))
+        return kvs_error_set(err, KVS_EINVAL, "suite %s is teacher-forced and holds every policy alike: it takes no %s",
+                             b->suite->name, o->paper_compat ? "--paper-compat" : "--free-running");
     if (o->shard_count > 1 && o->shard_index >= o->shard_count)
         return kvs_error_set(err, KVS_EINVAL, "shard %u of %u does not exist: they count from 0", o->shard_index,
                              o->shard_count);
     const char *arith = o->arith != NULL ? o->arith : "f32", *kv = o->kv_type != NULL ? o->kv_type : "f16";
     b->arith = strcmp(arith, "native") == 0 ? KVS_ARITH_NATIVE : KVS_ARITH_F32;
     b->kv_type = strcmp(kv, "f32") == 0 ? KVS_KV_F32 : KVS_KV_F16;
-    return kvs_suite_runs(&b->scaled, o, b->runs, &b->n_runs, err);
+    return b->scaled.registry ? KVS_OK : kvs_suite_runs(&b->scaled, o, b->runs, &b->n_runs, err);
 }
 
 static uint32_t count_tokens(void *ctx, const char *role, const char *content)
@@ -127,6 +130,8 @@ static kvs_status make_dialogues(bench *b, kvs_error *err)
         free(b->dialogues.items[i].id);
         b->dialogues.items[i].id = id;
         KVS_TRY(kvs_script_render(b->model, &b->dialogues.items[i], &b->scripts[i], err));
+        if (b->scaled.registry)
+            kvs_script_cut(&b->scripts[i], b->scaled.target_tokens);
     }
     return KVS_OK;
 }
@@ -142,7 +147,7 @@ static void make_key(bench *b)
     const uint64_t words[] = {
         b->opt->seed,         (uint64_t)b->arith,       (uint64_t)b->kv_type,    b->data.xxh64,
         b->opt->paper_compat, b->scaled.trigger_tokens, b->scaled.target_tokens, b->scaled.long_tokens,
-        b->scaled.n_long,     b->scaled.free_turns,     b->scaled.free_tokens};
+        b->scaled.n_long,     b->scaled.free_turns,     b->scaled.free_tokens,   b->scaled.score_from_tokens};
     XXH64_update(h, words, sizeof words);
     snprintf(b->key, sizeof b->key, "%016llx", (unsigned long long)XXH64_digest(h));
     XXH64_freeState(h);
@@ -242,7 +247,7 @@ static kvs_status play_dialogue(bench *b, uint32_t i, json_t **part, kvs_error *
         .n_runs = b->n_runs,
         .arith = b->arith,
         .kv_type = b->kv_type,
-        .keep_sets = i == 0,
+        .keep_sets = i == 0 && !b->scaled.registry,
         .window = i < b->scaled.n_long,
         .progress = on_progress,
         .ctx = b,
@@ -388,10 +393,11 @@ static json_t *runs_json(const bench *b, uint64_t token_bytes)
             kvs_policy_parse(r->policy, r->position, b->opt->paper_compat && !r->is_reference, &p, NULL) == KVS_OK;
         const uint64_t tokens = r->budget_tokens;
         json_array_append_new(
-            list, json_pack("{s:s,s:s,s:s,s:s,s:I,s:I,s:b}", "run", r->id, "policy", r->policy, "policy_full",
-                            ok ? p.text : r->policy, "position", r->position, "budget_tokens", (json_int_t)tokens,
-                            "budget_bytes", (json_int_t)(r->budget_bytes != 0 ? r->budget_bytes : tokens * token_bytes),
-                            "paper_compat", b->opt->paper_compat && !r->is_reference));
+            list, json_pack("{s:s,s:s,s:s,s:s,s:I,s:I,s:b,s:s*}", "run", r->id, "policy",
+                            r->label[0] != '\0' ? r->label : r->policy, "policy_full", ok ? p.text : r->policy,
+                            "position", r->position, "budget_tokens", (json_int_t)tokens, "budget_bytes",
+                            (json_int_t)(r->budget_bytes != 0 ? r->budget_bytes : tokens * token_bytes), "paper_compat",
+                            b->opt->paper_compat && !r->is_reference, "share", r->share[0] != '\0' ? r->share : NULL));
     }
     return list;
 }
@@ -488,6 +494,17 @@ static kvs_status write_folder(bench *b, bool complete, kvs_error *err)
 
 /* ---- run ---- */
 
+/* Sizes in bytes, which only the model knows. */
+static kvs_status make_registry_runs(bench *b, kvs_error *err)
+{
+    if (!b->scaled.registry)
+        return KVS_OK;
+    json_t *model = model_json(b);
+    b->scaled.token_bytes = (uint64_t)json_integer_value(json_object_get(model, "kv_bytes_per_token"));
+    json_decref(model);
+    return kvs_suite_registry_runs(&b->scaled, b->opt, b->runs, &b->n_runs, err);
+}
+
 static kvs_status run_bench(bench *b, kvs_error *err)
 {
     char parts_dir[2200];
@@ -495,6 +512,7 @@ static kvs_status run_bench(bench *b, kvs_error *err)
     KVS_TRY(kvs_output_make_dir(parts_dir, err));
     const kvs_model_options options = {.n_threads = b->opt->n_threads, .cpu_mask = b->opt->cpu_mask};
     KVS_TRY(kvs_model_open(b->opt->model_path, &options, &b->model, err));
+    KVS_TRY(make_registry_runs(b, err));
     KVS_TRY(make_dialogues(b, err));
     make_key(b);
     bool complete;

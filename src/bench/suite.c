@@ -91,6 +91,15 @@ static const kvs_suite suites[] = {
      .recall_facts = 8,
      .policies = paper_policies,
      .positions = all_modes},
+    {.name = "methods",
+     .doc = "`make methods`: every preset at 10, 20 and 50 % of the cache, for docs/methods.md",
+     .n_dialogues = 4,
+     .target_tokens = 800,
+     .trigger_tokens = 800,
+     .n_recall = 2,
+     .recall_facts = 6,
+     .registry = true,
+     .score_from_tokens = 480},
 };
 
 enum { N_SUITES = sizeof suites / sizeof *suites };
@@ -199,21 +208,19 @@ static kvs_status add_run(grid *g, const char *spec, const char *position, const
     return KVS_OK;
 }
 
-static kvs_status add_reference(grid *g)
+void kvs_suite_reference(kvs_bench_run_spec *r)
 {
-    kvs_bench_run_spec *r = &g->runs[g->n++];
     *r = (kvs_bench_run_spec){.is_reference = true};
     snprintf(r->id, sizeof r->id, "baseline/keep");
     snprintf(r->policy, sizeof r->policy, "baseline");
     snprintf(r->position, sizeof r->position, "keep");
-    return KVS_OK;
 }
 
 kvs_status kvs_suite_runs(const kvs_suite *suite, const kvs_bench_options *opt, kvs_bench_run_spec *runs,
                           uint32_t *n_runs, kvs_error *err)
 {
     grid g = {suite, opt, runs, 0};
-    KVS_TRY(add_reference(&g));
+    kvs_suite_reference(&runs[g.n++]);
     const char *const *positions = opt->n_positions > 0 ? opt->positions : suite->positions;
     uint32_t n_positions = opt->n_positions;
     while (opt->n_positions == 0 && positions[n_positions] != NULL)

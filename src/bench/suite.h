@@ -4,7 +4,7 @@
 
 #include "bench/runner.h"
 
-enum { KVS_BENCH_RUNS_MAX = 120 };
+enum { KVS_BENCH_RUNS_MAX = 480 };
 
 typedef struct kvs_suite {
     const char *name, *doc;
@@ -18,12 +18,18 @@ typedef struct kvs_suite {
     uint32_t recall_facts;            /* planted in each, one question about each */
     const char *const *policies;      /* [NULL-terminated] with %T, %G, %R, ... filled in by kvs_suite_runs */
     const char *const *positions;     /* [NULL-terminated] */
+    /* Of a suite that walks the registry (suite_methods.c), else 0. */
+    bool registry;
+    uint32_t score_from_tokens; /* what stands before is read and not scored */
+    uint64_t token_bytes;       /* K and V of a token, all heads: the runner fills it in */
 } kvs_suite;
 
 /* One cell of the grid. */
 typedef struct kvs_bench_run_spec {
     char id[160];     /* unique: what a person reads in tables */
     char policy[416]; /* as given to the session */
+    char label[96];   /* of a suite that adds sizes to it: the policy without them; else empty */
+    char share[24];   /* the same: what is held, as 10% */
     char position[24];
     uint32_t budget_tokens; /* 0: the whole dialogue */
     uint64_t budget_bytes;
@@ -38,5 +44,12 @@ const kvs_suite *kvs_suite_at(uint32_t index);
  * EINVAL names the spec, budget or position that is wrong. */
 kvs_status kvs_suite_runs(const kvs_suite *suite, const kvs_bench_options *opt, kvs_bench_run_spec *runs,
                           uint32_t *n_runs, kvs_error *err);
+
+/* The same of a suite that walks the registry: each preset and the combinations that papers name, held at three shares of
+ * the dialogue's length. suite->token_bytes is filled in. */
+kvs_status kvs_suite_registry_runs(const kvs_suite *suite, const kvs_bench_options *opt, kvs_bench_run_spec *runs,
+                                   uint32_t *n_runs, kvs_error *err);
+/* Run 0 of every grid. */
+void kvs_suite_reference(kvs_bench_run_spec *run);
 
 #endif

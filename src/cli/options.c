@@ -98,7 +98,7 @@ static const char *const kv_type_choices[] = {"f16", "f32", NULL};
 static const char *const arith_choices[] = {"native", "f32", NULL};
 static const char *const cpu_choices[] = {"scalar", "avx2", "avx512", "avx512vnni", "neon", "neondot", NULL};
 static const char *const ref_choices[] = {"full", "window", "none", NULL};
-static const char *const suite_choices[] = {"smoke", "demo", "paper", "full", NULL};
+static const char *const suite_choices[] = {"smoke", "demo", "paper", "full", "methods", NULL};
 static const char *const position_choices[] = {"rollback", "keep", "rerotate", "gapcap:16", "recompute", NULL};
 
 #define AT(member) offsetof(kvs_cli_args, member)

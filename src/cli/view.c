@@ -191,6 +191,11 @@ void kvs_cli_set_state(json_t *object, const kvs_usage *u, const kvs_positions *
     kvs_cli_set_int(object, "evictions", u->n_evictions);
     kvs_cli_set_real(object, "evict_ms", (double)u->evict_ns * 1e-6);
     kvs_cli_set_real(object, "score_ms", (double)u->score_ns * 1e-6);
+    kvs_cli_set_real(object, "select_ms", (double)u->select_ns * 1e-6);
+    kvs_cli_set_real(object, "move_ms", (double)u->move_ns * 1e-6);
+    kvs_cli_set_real(object, "probe_ms", (double)u->probe_ns * 1e-6);
+    kvs_cli_set_int(object, "side_bytes", u->side_bytes_peak);
+    kvs_cli_set_int(object, "own_bytes", u->own_bytes);
     kvs_cli_set_real(object, "health", h->score);
     kvs_cli_set_text(object, "health_worst", h->worst);
     kvs_cli_set_real(object, "ldd", p->ldd);

@@ -173,8 +173,8 @@ typedef struct eviction {
     uint32_t keep_override; /* slots a head, 0: the policy's own */
     bool any;               /* something is dropped */
     double mass_kept, mass_all;
-    uint64_t score_ns, select_ns;
-    kvs_status status; /* of the first set that was refused, in head order */
+    uint64_t score_ns, select_ns; /* of all passes: a probe that looks at what is kept has two */
+    kvs_status status;            /* of the first set that was refused, in head order */
     uint32_t refused;
     kvs_error *err;
 } eviction;
@@ -580,8 +580,8 @@ static kvs_status choose(eviction *x)
     if (rescores_late(x))
         kvs_pool_run(x->s->model->pool, rescore_task, x, x->n_heads);
     KVS_TRY(select_all(x));
-    x->score_ns = t1 - t0;
-    x->select_ns = kvs_now_ns() - t1;
+    x->score_ns += t1 - t0;
+    x->select_ns += kvs_now_ns() - t1;
     return KVS_OK;
 }
 
@@ -740,9 +740,12 @@ kvs_status kvs_evict(kvs_session *s, kvs_forward *forward, uint32_t keep_overrid
     /* A policy that looks at no attention, key or value sees the same in every head that holds the same. */
     x.n_scored = kvs_policy_needs(&s->policy) == 0 && x.step == x.n_heads ? 1 : x.n_heads;
     KVS_TRY(kvs_probe_before(s, forward, err));
+    uint64_t probe_ns = kvs_now_ns() - t0;
     kvs_status status = choose(&x);
     if (status == KVS_OK && kvs_probe_wants_kept(s)) {
+        const uint64_t from = kvs_now_ns();
         status = kvs_probe_on_kept(s, forward, s->scratch.keep, s->scratch.n_slots, err);
+        probe_ns += kvs_now_ns() - from;
         if (status == KVS_OK)
             status = choose(&x);
     }
@@ -767,6 +770,7 @@ kvs_status kvs_evict(kvs_session *s, kvs_forward *forward, uint32_t keep_overrid
     s->score_ns += x.score_ns;
     s->select_ns += x.select_ns;
     s->move_ns += t2 - t1;
+    s->probe_ns += probe_ns;
     s->evict_ns += t2 - t0;
     *progress = true;
     const kvs_event event = {

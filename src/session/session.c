@@ -413,7 +413,8 @@ void kvs_session_get_usage(const kvs_session *s, kvs_usage *u)
         n_ffn_run += s->ffn.rule.counts[l].n_run;
         n_ffn_skipped += s->ffn.rule.counts[l].n_skipped;
     }
-    const uint64_t scratch = s->scratch.bytes + s->queries.bytes + s->probe.bytes + s->model->forward->bytes;
+    const uint64_t own = s->scratch.bytes + s->queries.bytes + s->probe.bytes;
+    const uint64_t scratch = own + s->model->forward->bytes;
     *u = (kvs_usage){
         .budget_bytes = m.budget_bytes,
         .budget_tokens = m.budget_tokens,
@@ -439,6 +440,8 @@ void kvs_session_get_usage(const kvs_session *s, kvs_usage *u)
         .move_ns = s->move_ns,
         .n_ffn_blocks = n_ffn_run + n_ffn_skipped,
         .n_ffn_skipped = n_ffn_skipped,
+        .probe_ns = s->probe_ns,
+        .own_bytes = own,
         .footprint = full > 0 ? (double)(m.footprint_slots - s->footprint_skip) / full : 1.0,
     };
 }

@@ -71,6 +71,7 @@ struct kvs_session {
     bool evicted_after_prompt; /* the same at n_tokens_evicted_at, where truncation may return to */
     double mass_lost;          /* EMA over events; -1: never recorded */
     uint64_t n_evictions, n_slots_evicted, evict_ns, score_ns, select_ns, move_ns;
+    uint64_t probe_ns;       /* as the others, but since this object was made: saves do not carry it */
     uint64_t footprint_skip; /* slots counted by recomputation, not by new tokens */
     bool saw_nan;
     uint64_t perturb_seed; /* != 0: layer 0's q, k, v move by one unit in the last place (the noise floor) */
