@@ -46,7 +46,7 @@ static void carve_thread(carver *c, const kvs_session *s, kvs_view_scratch *t)
         t->keys = carve(c, n * dh, sizeof(float));
     if (needs & KVS_POLICY_NEEDS_KEYS_RAW)
         t->keys_raw = carve(c, n * dh, sizeof(float));
-    if (needs & (KVS_POLICY_NEEDS_VALUES | KVS_POLICY_NEEDS_OUT_NORM))
+    if (needs & (KVS_POLICY_NEEDS_VALUES | KVS_POLICY_NEEDS_OUT_NORM | KVS_POLICY_NEEDS_OUT_LENGTH))
         t->values = carve(c, n * dh, sizeof(float));
     const size_t pages = kvs_cache_pages_bound(s->cache);
     if (needs & (KVS_POLICY_NEEDS_WINDOW | KVS_POLICY_NEEDS_PAIRS | KVS_POLICY_NEEDS_PROBE)) {
@@ -67,10 +67,14 @@ static void carve_thread(carver *c, const kvs_session *s, kvs_view_scratch *t)
         t->query = carve(c, rows * dh, sizeof(float));
         t->window_pos = carve(c, e->window, sizeof *t->window_pos);
     }
-    if (needs & KVS_POLICY_NEEDS_OUT_NORM) {
+    if (needs & KVS_POLICY_NEEDS_OUT_NORM)
         t->out_norm = carve(c, group * n, sizeof(float));
-        t->out_rows = carve(c, kvs_view_out_rows(s->model), sizeof(float));
+    if (needs & KVS_POLICY_NEEDS_OUT_LENGTH) {
+        t->out_length = carve(c, group * n, sizeof(float));
+        t->out_gram = carve(c, dh * dh, sizeof(double));
     }
+    if (needs & (KVS_POLICY_NEEDS_OUT_NORM | KVS_POLICY_NEEDS_OUT_LENGTH))
+        t->out_rows = carve(c, kvs_view_out_rows(s->model), sizeof(float));
     t->work = carve(c, kvs_policy_work(&s->policy, e->n_slots, info->head_dim), sizeof(float));
     if (s->policy.ops->score_layer != NULL) {
         t->layer_views = carve(c, info->n_kv_heads, sizeof *t->layer_views);

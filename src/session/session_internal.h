@@ -24,8 +24,9 @@ typedef struct kvs_view_scratch {
     float *physical, *most;          /* [KVS_ATTN_ROWS_MAX * group][physical slots]; [KVS_ATTN_ROWS_MAX * group] */
     kvs_policy_view *layer_views;    /* [n_kv_heads] */
     float **layer_scores;
-    float *out_norm; /* [group][n_slots] */
-    float *out_rows; /* [kvs_view_out_rows()] */
+    float *out_norm, *out_length; /* [group][n_slots] */
+    double *out_gram;             /* [head_dim][head_dim] */
+    float *out_rows;              /* [kvs_view_out_rows()] */
     float *work;
     uint32_t *list;   /* [physical slots] */
     uint64_t *select; /* [2 n_slots + 2] */

@@ -116,7 +116,7 @@ static FIXTURE_UNUSED void fill_contents(kvs_rng *rng, uint32_t n)
     b.view.rope_theta = b.theta;
     b.view.n_freq = HEAD_DIM / 2;
     b.view.rope_next = (int32_t)b.view.n_tokens;
-    b.view.out_norm = b.out_norm;
+    b.view.out_norm = b.view.out_length = b.out_norm;
     b.view.probe = b.probe;
     for (uint32_t i = 0; i < sizeof b.sentence_ends / sizeof *b.sentence_ends; i++)
         b.sentence_ends[i] = kvs_rng_next(rng) & kvs_rng_next(rng) & kvs_rng_next(rng); /* every eighth token */
