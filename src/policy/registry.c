@@ -29,6 +29,7 @@
     X(scissorhands)                                                                                                    \
     X(finch)                                                                                                           \
     X(r_kv)                                                                                                            \
+    X(skipkv)                                                                                                          \
     X(g_kv)                                                                                                            \
     X(obcache_v)                                                                                                       \
     X(obcache_k)                                                                                                       \
@@ -75,7 +76,8 @@
 #define KVS_SELECTS(X)                                                                                                 \
     X(chunk)                                                                                                           \
     X(block)                                                                                                           \
-    X(sentence)
+    X(sentence)                                                                                                        \
+    X(unrepeated)
 
 #define KVS_POLICY_DECLARE(name) extern const kvs_policy_ops kvs_policy_##name;
 KVS_POLICIES(KVS_POLICY_DECLARE)

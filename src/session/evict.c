@@ -463,8 +463,13 @@ static void select_task(void *ctx, uint32_t set, uint32_t thread)
     kvs_status status;
     if (p->ops->choose != NULL) {
         status = kvs_select_by_policy(p, &v, scores_of(x, head), v.n_keep, keep_of(x, head), t->chosen, &err);
-    } else if (p->select == NULL) {
-        status = kvs_select(&p->protect, &v, scores_of(x, head), e->n_keep[head], keep_of(x, head), t->select, &err);
+    } else if (p->select == NULL || p->select->meanings) {
+        uint32_t n_keep = e->n_keep[head];
+        if (p->select != NULL) {
+            kvs_protected_mark(&p->protect, &v, scores_of(x, head));
+            n_keep = kvs_sentence_log_mark(&x->s->sentences, &v, scores_of(x, head), n_keep);
+        }
+        status = kvs_select(&p->protect, &v, scores_of(x, head), n_keep, keep_of(x, head), t->select, &err);
     } else {
         p->select->units(p->select_params, &v, t->unit);
         status = kvs_select_by_units(&p->protect, &v, scores_of(x, head), t->unit, e->n_keep[head], keep_of(x, head),
@@ -594,6 +599,7 @@ static void apply(kvs_session *s)
         kvs_cache_set_rope(s->cache, layer, head, s->scratch.kept_rope, next);
     }
     kvs_turn_log_forget(&s->turns, (int32_t)s->n_tokens);
+    kvs_sentence_log_evicted(&s->sentences);
 }
 
 /* Mode recompute: the kept tokens run through the model afresh, at positions 0..n-1, as if nothing else had been

@@ -70,7 +70,7 @@ kvs_status kvs_session_save(const kvs_session *s, void *buf, size_t cap_bytes, s
 {
     const size_t cache_bytes = kvs_cache_snapshot_bytes(s->cache);
     const size_t need = FIXED_WORDS * 8 + sizeof s->policy.text + (size_t)s->turns.n * TURN_BYTES + cache_bytes +
-                        kvs_query_log_bytes(&s->queries);
+                        kvs_query_log_bytes(&s->queries) + kvs_sentence_log_bytes(&s->sentences);
     *size_bytes = need;
     if (buf == NULL)
         return KVS_OK;
@@ -91,7 +91,9 @@ kvs_status kvs_session_save(const kvs_session *s, void *buf, size_t cap_bytes, s
             at = put(at, (uint32_t)bounds[k], 4);
     }
     kvs_query_log_save(&s->queries, at);
-    kvs_cache_snapshot_write(s->cache, at + kvs_query_log_bytes(&s->queries));
+    at += kvs_query_log_bytes(&s->queries);
+    kvs_sentence_log_save(&s->sentences, at);
+    kvs_cache_snapshot_write(s->cache, at + kvs_sentence_log_bytes(&s->sentences));
     return KVS_OK;
 }
 
@@ -113,12 +115,19 @@ static kvs_status check_words(const kvs_session *s, const uint64_t *words, kvs_e
     return KVS_OK;
 }
 
-static kvs_status check_size(const kvs_session *s, const uint64_t *words, size_t size_bytes, kvs_error *err)
+/* at: behind the policy's text. *sentence_bytes: of what stands between queries and cache. */
+static kvs_status check_size(const kvs_session *s, const uint64_t *words, const uint8_t *at, size_t size_bytes,
+                             size_t *sentence_bytes, kvs_error *err)
 {
-    const uint64_t rest = size_bytes - FIXED_WORDS * 8 - sizeof s->policy.text; /* turns, queries, cache */
+    const uint64_t rest = size_bytes - FIXED_WORDS * 8 - sizeof s->policy.text; /* turns, queries, sentences, cache */
+    const uint64_t queries = kvs_query_log_bytes(&s->queries);
     if (words[5] > INT32_MAX / 2 || words[6] > words[5] || words[20] > rest / TURN_BYTES ||
-        rest - words[20] * TURN_BYTES < kvs_query_log_bytes(&s->queries) ||
-        words[19] != rest - words[20] * TURN_BYTES - kvs_query_log_bytes(&s->queries))
+        rest - words[20] * TURN_BYTES < queries)
+        return kvs_error_set(err, KVS_EFORMAT, "saved session is truncated: %zu bytes", size_bytes);
+    const uint64_t before = words[20] * TURN_BYTES + queries;
+    KVS_TRY(
+        kvs_sentence_log_measure(&s->sentences, at + before, (size_t)(rest - before), words[5], sentence_bytes, err));
+    if (words[19] != rest - before - *sentence_bytes)
         return kvs_error_set(err, KVS_EFORMAT, "saved session is truncated: %zu bytes", size_bytes);
     return KVS_OK;
 }
@@ -157,15 +166,17 @@ kvs_status kvs_session_load(kvs_session *s, const void *buf, size_t size_bytes, 
     if (strcmp(policy, s->policy.text) != 0)
         return kvs_error_set(err, KVS_EFORMAT, "saved session has policy '%.150s', this one '%.150s'", policy,
                              s->policy.text);
-    KVS_TRY(check_size(s, words, size_bytes, err));
     at += sizeof policy;
+    size_t sentence_bytes;
+    KVS_TRY(check_size(s, words, at, size_bytes, &sentence_bytes, err));
     const uint64_t n_turns = words[20];
     KVS_TRY(check_turns(at, n_turns, (int64_t)words[21], (int32_t)words[5], err));
     const kvs_snapshot_limits limits = {(int32_t)words[5], s->model->info.vocab_size, s->scratch.n_slots};
     const uint8_t *const queries = at + n_turns * TURN_BYTES;
-    KVS_TRY(
-        kvs_cache_snapshot_read(s->cache, queries + kvs_query_log_bytes(&s->queries), (size_t)words[19], &limits, err));
+    const uint8_t *const sentences = queries + kvs_query_log_bytes(&s->queries);
+    KVS_TRY(kvs_cache_snapshot_read(s->cache, sentences + sentence_bytes, (size_t)words[19], &limits, err));
     kvs_query_log_load(&s->queries, queries);
+    kvs_sentence_log_load(&s->sentences, sentences);
     s->turns.n = n_turns < s->turns.capacity ? (uint32_t)n_turns : s->turns.capacity; /* the newest */
     s->turns.marker_from = (int32_t)(int64_t)words[21];
     at += (n_turns - s->turns.n) * TURN_BYTES;

@@ -9,6 +9,7 @@
 #include "policy/policy.h"
 #include "session/observe.h"
 #include "session/probe.h"
+#include "session/sentences.h"
 
 /* What one thread needs to look at one head; arrays that the policy does not ask for are NULL. */
 typedef struct kvs_view_scratch {
@@ -79,6 +80,7 @@ struct kvs_session {
     const int32_t *pending; /* prompt tokens still to come in the call that is under way, or NULL */
     uint32_t n_pending;
     uint64_t *sentence_ends; /* [ceil(vocab / 64)] a bit a token, or NULL: only where selection asks */
+    kvs_sentence_log sentences;
     void (*on_event)(void *ctx, const kvs_event *event);
     void *event_ctx;
 };

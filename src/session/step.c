@@ -360,6 +360,24 @@ static kvs_status fail_open(kvs_run *runs, uint32_t n_runs, const uint32_t *at, 
     return status;
 }
 
+/* The rows' hidden states behind the last norm, for sessions that keep what sentences mean. */
+static void remember_sentences(kvs_forward *f, const step_rows *rows, const kvs_run *runs, const uint32_t *at)
+{
+    const kvs_model *const m = f->model;
+    const uint32_t n = m->info.n_embd;
+    for (uint32_t i = 0; i < rows->n_runs; i++) {
+        const kvs_attend_run *const r = &rows->runs[i];
+        const kvs_run *const run = &runs[rows->run_index[i]];
+        kvs_sentence_log *const log = &r->session->sentences;
+        for (uint32_t row = 0; log->ends != NULL && row < r->n_rows; row++) {
+            const uint32_t k = at[rows->run_index[i]] + row;
+            float *const hidden = f->norm + (size_t)(r->row0 + row) * n;
+            m->kernels->rmsnorm(hidden, f->x + (size_t)(r->row0 + row) * n, m->out_norm, n, m->norm_eps);
+            kvs_sentence_log_add(log, run->tokens[k], run->flags == NULL ? 0 : run->flags[k], hidden);
+        }
+    }
+}
+
 static kvs_status step_locked(kvs_forward *f, kvs_run *runs, uint32_t n_runs, uint32_t *at, kvs_error *err)
 {
     static _Thread_local step_rows rows;
@@ -377,6 +395,7 @@ static kvs_status step_locked(kvs_forward *f, kvs_run *runs, uint32_t n_runs, ui
         if (rows.n_runs == 0)
             return first;
         run_forward(f, &rows, arith);
+        remember_sentences(f, &rows, runs, at);
         if (!deliver(f, &rows, runs, at, arith)) {
             kvs_error_set(err, KVS_ECANCELLED, "the caller's callback asked to stop");
             return fail_open(runs, n_runs, at, KVS_ECANCELLED);

@@ -180,7 +180,7 @@ static FIXTURE_UNUSED uint32_t evict(const kvs_policy *p, uint32_t n_full)
     b.target = target = kvs_policy_target_scored(p, &b.view, b.scores, n_full);
     kvs_error err = {0};
     kvs_status status;
-    if (p->select != NULL) {
+    if (p->select != NULL && p->select->units != NULL) { /* else the session marks what goes first */
         p->select->units(p->select_params, &b.view, b.unit);
         status = kvs_select_by_units(&p->protect, &b.view, b.scores, b.unit, target, b.keep, b.scratch, &err);
     } else {

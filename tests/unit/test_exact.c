@@ -492,8 +492,9 @@ static void observations_are_not_exact(void **state)
         "non_causal_attention:chunk=40,keep=0.7 +schedule=every:40",
         "expected_attention:epsilon=0.01 +budget=ada",
         "qfilter +rescore=caote",
+        "skipkv +select=unrepeated:threshold=0.5,shortest=2,longest=12",
     };
-    for (uint32_t p = 0; p < 4; p += EVICTING_STEP) {
+    for (uint32_t p = 0; p < 5; p += EVICTING_STEP) {
         const setting c = {.policy = observing[p], .budget = SMALL, .chunk = CHUNK, .arith = KVS_ARITH_F32};
         reference(&c);
         check_cut(&c, 2, 64);
@@ -567,6 +568,7 @@ static void truncated_tokens_leave_a_trace(void **state)
         {.policy = "streaming", .position = "rerotate", .budget = SMALL, .chunk = CHUNK},
         {.policy = "random:keep=0.6", .position = "rollback", .budget = SMALL, .chunk = CHUNK},
         {.policy = "streaming", .position = "keep", .budget = SMALL, .chunk = CHUNK, .arith = KVS_ARITH_F32},
+        {.policy = "skipkv +select=unrepeated:threshold=0.5,shortest=2,longest=12", .budget = SMALL, .chunk = CHUNK},
     };
     for (uint32_t i = 0; i < sizeof settings / sizeof *settings; i++) {
         const setting *c = &settings[i];
