@@ -195,6 +195,8 @@ void kvs_forward_rows(kvs_forward *f, kvs_arith arith, const int32_t *tokens, ui
         joined_product(f, arith, &l->gate_up, gate_up, 2, f->gate_up, (size_t)2 * i->n_ff, n_rows);
         over_rows(f, ROW_SWIGLU, NULL, NULL, n_rows);
         product(f, arith, &l->ffn_down, f->act, i->n_ff, f->norm, i->n_embd, n_rows);
+        if (f->shift != NULL)
+            f->shift(ctx, f, layer, n_rows);
         if (layer + 1 < i->n_layers)
             over_rows(f, ROW_ADD_NORM, m->layers[layer + 1].attn_norm, f->norm, n_rows);
         else

@@ -22,7 +22,7 @@ static void pack(const kvs_session *s, uint64_t words[FIXED_WORDS], size_t cache
         s->n_tokens,
         s->n_tokens_evicted_at,
         s->schedule_mark,
-        (uint64_t)s->uniform | (uint64_t)s->layer_uniform << 1,
+        (uint64_t)s->uniform | (uint64_t)s->layer_uniform << 1 | (uint64_t)s->steer.on << 2,
         s->forward_open,
         (uint64_t)s->last_was_prompt | (uint64_t)s->evicted_after_prompt << 1,
         mass_lost,
@@ -70,7 +70,7 @@ kvs_status kvs_session_save(const kvs_session *s, void *buf, size_t cap_bytes, s
 {
     const size_t cache_bytes = kvs_cache_snapshot_bytes(s->cache);
     const size_t need = FIXED_WORDS * 8 + sizeof s->policy.text + (size_t)s->turns.n * TURN_BYTES + cache_bytes +
-                        kvs_query_log_bytes(&s->queries) + kvs_sentence_log_bytes(&s->sentences);
+                        kvs_query_log_bytes(&s->queries) + kvs_sentence_log_bytes(&s->sentences) + kvs_steer_bytes(s);
     *size_bytes = need;
     if (buf == NULL)
         return KVS_OK;
@@ -93,7 +93,9 @@ kvs_status kvs_session_save(const kvs_session *s, void *buf, size_t cap_bytes, s
     kvs_query_log_save(&s->queries, at);
     at += kvs_query_log_bytes(&s->queries);
     kvs_sentence_log_save(&s->sentences, at);
-    kvs_cache_snapshot_write(s->cache, at + kvs_sentence_log_bytes(&s->sentences));
+    at += kvs_sentence_log_bytes(&s->sentences);
+    kvs_steer_save(s, at);
+    kvs_cache_snapshot_write(s->cache, at + kvs_steer_bytes(s));
     return KVS_OK;
 }
 
@@ -112,22 +114,33 @@ static kvs_status check_words(const kvs_session *s, const uint64_t *words, kvs_e
         return kvs_error_set(err, KVS_EFORMAT, "saved session ran in --arith %s, this one runs in %s",
                              words[3] == KVS_ARITH_F32 ? "f32" : "native",
                              s->options.arith == KVS_ARITH_F32 ? "f32" : "native");
+    if (((words[8] & 4) != 0) != s->steer.on)
+        return kvs_error_set(err, KVS_EFORMAT, "saved session was %s, this one is %s",
+                             words[8] & 4 ? "steered" : "not steered",
+                             s->steer.on ? "steered" : "not: kvs_session_steer comes before kvs_session_load");
     return KVS_OK;
 }
 
-/* at: behind the policy's text. *sentence_bytes: of what stands between queries and cache. */
+/* Bytes of a save between its turns and its cache. */
+typedef struct extras {
+    size_t queries, sentences, steer;
+} extras;
+
+/* at: behind the policy's text. */
 static kvs_status check_size(const kvs_session *s, const uint64_t *words, const uint8_t *at, size_t size_bytes,
-                             size_t *sentence_bytes, kvs_error *err)
+                             extras *x, kvs_error *err)
 {
-    const uint64_t rest = size_bytes - FIXED_WORDS * 8 - sizeof s->policy.text; /* turns, queries, sentences, cache */
-    const uint64_t queries = kvs_query_log_bytes(&s->queries);
+    uint64_t rest = size_bytes - FIXED_WORDS * 8 - sizeof s->policy.text;
+    *x = (extras){.queries = kvs_query_log_bytes(&s->queries)};
     if (words[5] > INT32_MAX / 2 || words[6] > words[5] || words[20] > rest / TURN_BYTES ||
-        rest - words[20] * TURN_BYTES < queries)
+        rest - words[20] * TURN_BYTES < x->queries)
         return kvs_error_set(err, KVS_EFORMAT, "saved session is truncated: %zu bytes", size_bytes);
-    const uint64_t before = words[20] * TURN_BYTES + queries;
-    KVS_TRY(
-        kvs_sentence_log_measure(&s->sentences, at + before, (size_t)(rest - before), words[5], sentence_bytes, err));
-    if (words[19] != rest - before - *sentence_bytes)
+    at += words[20] * TURN_BYTES + x->queries;
+    rest -= words[20] * TURN_BYTES + x->queries;
+    KVS_TRY(kvs_sentence_log_measure(&s->sentences, at, (size_t)rest, words[5], &x->sentences, err));
+    rest -= x->sentences;
+    KVS_TRY(kvs_steer_measure(s, at + x->sentences, (size_t)rest, words[5], &x->steer, err));
+    if (words[19] != rest - x->steer)
         return kvs_error_set(err, KVS_EFORMAT, "saved session is truncated: %zu bytes", size_bytes);
     return KVS_OK;
 }
@@ -167,14 +180,14 @@ kvs_status kvs_session_load(kvs_session *s, const void *buf, size_t size_bytes, 
         return kvs_error_set(err, KVS_EFORMAT, "saved session has policy '%.150s', this one '%.150s'", policy,
                              s->policy.text);
     at += sizeof policy;
-    size_t sentence_bytes;
-    KVS_TRY(check_size(s, words, at, size_bytes, &sentence_bytes, err));
+    extras x;
+    KVS_TRY(check_size(s, words, at, size_bytes, &x, err));
     const uint64_t n_turns = words[20];
     KVS_TRY(check_turns(at, n_turns, (int64_t)words[21], (int32_t)words[5], err));
     const kvs_snapshot_limits limits = {(int32_t)words[5], s->model->info.vocab_size, s->scratch.n_slots};
     const uint8_t *const queries = at + n_turns * TURN_BYTES;
-    const uint8_t *const sentences = queries + kvs_query_log_bytes(&s->queries);
-    KVS_TRY(kvs_cache_snapshot_read(s->cache, sentences + sentence_bytes, (size_t)words[19], &limits, err));
+    const uint8_t *const sentences = queries + x.queries, *const steer = sentences + x.sentences;
+    KVS_TRY(kvs_cache_snapshot_read(s->cache, steer + x.steer, (size_t)words[19], &limits, err));
     kvs_query_log_load(&s->queries, queries);
     kvs_sentence_log_load(&s->sentences, sentences);
     s->turns.n = n_turns < s->turns.capacity ? (uint32_t)n_turns : s->turns.capacity; /* the newest */
@@ -184,6 +197,7 @@ kvs_status kvs_session_load(kvs_session *s, const void *buf, size_t size_bytes, 
         s->turns.turns[i] = turn_at(at);
     s->options.seed = words[4];
     s->n_tokens = words[5];
+    kvs_steer_load(s, steer);
     s->n_tokens_evicted_at = words[6];
     s->schedule_mark = words[7];
     s->uniform = (words[8] & 1) != 0;

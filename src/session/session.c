@@ -139,10 +139,10 @@ static bool ends_sentence(const char *text, size_t n)
     return n > 0 && strchr(".!?", text[n - 1]) != NULL;
 }
 
-static kvs_status create_sentence_ends(kvs_session *s, kvs_error *err)
+kvs_status kvs_sentence_ends_create(kvs_session *s, kvs_error *err)
 {
     const uint32_t n = s->model->info.vocab_size;
-    if (s->policy.select == NULL || !s->policy.select->sentences)
+    if (s->sentence_ends != NULL)
         return KVS_OK;
     s->sentence_ends = kvs_alloc(s->allocator, n / 64 + 1, sizeof *s->sentence_ends);
     if (s->sentence_ends == NULL)
@@ -179,7 +179,8 @@ static kvs_status finish_create(kvs_session *s, kvs_error *err)
 {
     kvs_forward *f;
     KVS_TRY(create_queries(s, err));
-    KVS_TRY(create_sentence_ends(s, err));
+    if (s->policy.select != NULL && s->policy.select->sentences)
+        KVS_TRY(kvs_sentence_ends_create(s, err));
     KVS_TRY(kvs_session_forward(s, &f, err));
     KVS_TRY(kvs_evict_scratch_create(s, err));
     KVS_TRY(create_sentences(s, s->scratch.n_slots, err));
@@ -223,6 +224,7 @@ void kvs_session_free(kvs_session **session)
     kvs_probe_free(s);
     kvs_query_log_free(&s->queries, s->allocator);
     kvs_sentence_log_free(&s->sentences, s->allocator);
+    kvs_steer_free(s);
     kvs_free(s->allocator, s->sentence_ends);
     kvs_free(s->allocator, s);
 }
@@ -294,6 +296,9 @@ kvs_status kvs_session_fork(kvs_session *from, const kvs_session_options *opt, k
         status = finish_create(s, err);
     if (status == KVS_OK) {
         fork_state(from, s);
+        status = kvs_steer_fork(s, from, err);
+    }
+    if (status == KVS_OK) {
         status = fit_budget(s, err);
     }
     if (status != KVS_OK) {
@@ -359,6 +364,7 @@ kvs_status kvs_session_truncate(kvs_session *s, uint64_t n_tokens, kvs_error *er
     kvs_turn_log_truncate(&s->turns, (int32_t)n_tokens);
     kvs_query_log_drop(&s->queries, s->n_tokens - n_tokens);
     kvs_sentence_log_truncate(&s->sentences, n_tokens);
+    kvs_steer_truncate(s, n_tokens);
     /* What the dropped rows met: nothing was evicted since, so the i-th of them met what is left, i more and itself. */
     const uint64_t n_heads = (uint64_t)s->model->info.n_layers * s->model->info.n_kv_heads;
     const uint64_t dropped = s->n_tokens - n_tokens;
@@ -400,8 +406,8 @@ void kvs_session_get_usage(const kvs_session *s, kvs_usage *u)
     kvs_cache_get_meter(s->cache, &m);
     const uint64_t n_heads = (uint64_t)s->model->info.n_layers * s->model->info.n_kv_heads;
     const double full = (double)n_heads * (double)s->n_tokens * ((double)s->n_tokens + 1) / 2;
-    const uint64_t scratch =
-        s->scratch.bytes + s->queries.bytes + s->probe.bytes + s->sentences.bytes + s->model->forward->bytes;
+    const uint64_t scratch = s->scratch.bytes + s->queries.bytes + s->probe.bytes + s->sentences.bytes +
+                             s->steer.bytes + s->model->forward->bytes;
     *u = (kvs_usage){
         .budget_bytes = m.budget_bytes,
         .budget_tokens = m.budget_tokens,

@@ -233,12 +233,35 @@ static void plan_tap(kvs_session *s, kvs_attend_run *r, const uint8_t *flags)
     s->forward_open = !answer;
 }
 
+/* Steering: rows whose alpha is 0 are left alone to the bit. */
+static void shift_rows(void *ctx, kvs_forward *f, uint32_t layer, uint32_t n_rows)
+{
+    (void)n_rows;
+    const kvs_attend_ctx *const a = ctx;
+    const uint32_t n = f->model->info.n_embd;
+    for (uint32_t i = 0; i < a->n_runs; i++) {
+        const kvs_attend_run *const run = &a->runs[i];
+        const kvs_steer *const steer = &run->session->steer;
+        if (!run->steered || steer->layer != layer)
+            continue;
+        for (uint32_t r = 0; r < run->n_rows; r++) {
+            float *const x = f->x + (size_t)(run->row0 + r) * n;
+            for (uint32_t d = 0; steer->shift[r] != 0 && d < n; d++)
+                x[d] += steer->shift[r] * steer->direction[d];
+        }
+    }
+}
+
 /* Runs the rows through all layers. All it works in was reserved when the sessions were created. */
 static void run_forward(kvs_forward *f, step_rows *rows, kvs_arith arith)
 {
     kvs_attend_ctx ctx = {.runs = rows->runs, .n_runs = rows->n_runs};
-    for (uint32_t i = 0; i < rows->n_runs; i++)
+    f->shift = NULL;
+    for (uint32_t i = 0; i < rows->n_runs; i++) {
         ctx.judged |= rows->runs[i].use == KVS_ROWS_JUDGE;
+        if (rows->runs[i].steered)
+            f->shift = shift_rows;
+    }
     kvs_forward_rows(f, arith, rows->tokens, rows->n_rows, kvs_attend, &ctx);
 }
 
@@ -341,7 +364,9 @@ static kvs_status add_run(kvs_forward *f, step_rows *rows, kvs_run *run, uint32_
     plan_tap(s, r, flags);
     r->use = s->queries.bytes != 0 ? KVS_ROWS_SAID : KVS_ROWS_ALONE;
     r->token_idx = s->n_tokens;
+    r->steered = s->steer.on;
     memcpy(rows->tokens + rows->n_rows, run->tokens + at, n * sizeof *run->tokens);
+    kvs_steer_take(s, run->tokens + at, flags, n);
     kvs_turn_log_append(&s->turns, (int32_t)s->n_tokens, flags, n);
     s->n_tokens += n;
     kvs_query_log_advance(&s->queries, s->n_tokens, n);
