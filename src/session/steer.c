@@ -20,7 +20,7 @@ enum { SHORTEST = 4, LONGEST = 64, MARK_BYTES = 11, HEAD_BYTES = 4 };
 static bool begins(const char *text, size_t n, const char *word)
 {
     size_t i = 0;
-    while (word[i] != '\0' && i < n && tolower((unsigned char)text[i]) == word[i])
+    while (i < n && word[i] != '\0' && tolower((unsigned char)text[i]) == word[i])
         i++;
     return word[i] == '\0';
 }
