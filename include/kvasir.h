@@ -219,6 +219,14 @@ KVS_API kvs_status kvs_session_truncate(kvs_session *s, uint64_t n_tokens, kvs_e
  * kv_type and arith must be equal. Errors leave s as it was: as kvs_session_create, and EBUDGET where a smaller budget
  * cannot be met by evicting. */
 KVS_API kvs_status kvs_session_fork(kvs_session *s, const kvs_session_options *opt, kvs_session **out, kvs_error *err);
+/* Steering, off by default (SkipKV, arXiv:2512.07993; its numbers are not published): behind one layer the hidden states of
+ * answer tokens move by (alpha + gamma N) v, N the answer's sentences so far that check what was said or turn elsewhere ("Wait,
+ * ..."). spec: "FILE:layer=12,alpha=0.5,gamma=0.1", FILE a control vector as llama.cpp's (GGUF, direction.12 for what layer
+ * 12, from 0, leaves); NULL: off. With alpha and gamma 0 nothing changes, to the bit. A fork has its parent's; a save has N, not
+ * the file: steer the session that is loaded into. Errors leave s as it was: EINVAL a spec that lacks a number, a layer the model
+ * has not; EIO no such file; EFORMAT a file of another kind, model or width; ENOMEM. */
+KVS_API kvs_status kvs_session_steer(kvs_session *s, const char *spec, kvs_error *err);
+KVS_API uint32_t kvs_session_steer_count(const kvs_session *s); /* N */
 /* Evicts now down to keep_tokens per head (0: what the policy's keep says). Same errors as kvs_step. */
 KVS_API kvs_status kvs_session_evict(kvs_session *s, uint32_t keep_tokens, kvs_error *err);
 /* Serialises into caller memory: with buf NULL only *size_bytes is set. load restores into a session created with the

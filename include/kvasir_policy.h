@@ -35,7 +35,12 @@ enum {
     KVS_POLICY_NEEDS_PROBE = 1u << 12,       /* what the rows of the probe stage attended to */
     KVS_POLICY_NEEDS_OUT_NORM = 1u << 11,    /* |W_o v|_1 of each slot and query head */
     KVS_POLICY_NEEDS_PAIRS = 1u << 13,       /* the newest rows against their own slots, both ways: window_of again */
-    KVS_POLICY_NEEDS_END = 1u << 14,
+    /* With PROBE: each row's probabilities over the length of the residual stream that its layer reads, or of that stream
+     * normalised, as attention reads it. */
+    KVS_POLICY_NEEDS_PROBE_BY_STREAM = 1u << 14,
+    KVS_POLICY_NEEDS_PROBE_BY_INPUT = 1u << 15,
+    KVS_POLICY_NEEDS_OUT_LENGTH = 1u << 16, /* |W_o v|_2 of each slot and query head */
+    KVS_POLICY_NEEDS_END = 1u << 17,
 };
 
 /* Who shares one keep set. */
@@ -80,8 +85,10 @@ typedef struct kvs_policy_view {
     uint32_t n_freq;
     int32_t rope_next;             /* where the next token will stand */
     const float *out_norm;         /* [group][n_slots] */
+    const float *out_length;       /* [group][n_slots] */
     const uint64_t *sentence_ends; /* bit t % 64 of element t / 64: token t ends a sentence; NULL unless asked */
-    const float *probe; /* [group][n_slots]: the largest probability that any probe row's query head gave the slot */
+    const float *probe; /* [group][n_slots]: the largest probability that any probe row's query head gave the slot;
+                         * with PROBE_BY_STREAM or _INPUT, of it over the row's length */
     float *part;        /* [n_slots] out: a second score, for score_layer; NULL unless ops->has_part */
     void (*exp_scale)(float *x, uint32_t n, float less, float scale); /* x[i] = exp(x[i] - less) * scale, fast */
     float *work;          /* [work_of()] f32, this call's own; contents undefined */

@@ -45,7 +45,7 @@ typedef struct kvs_cli_args {
     uint32_t threads;
     bool paper_compat;
     /* run, chat */
-    const char *prompt, *system, *session;
+    const char *prompt, *system, *session, *steer;
     uint32_t n_tokens, top_k;
     double temp, top_p, min_p, repeat_penalty;
     bool chat;

@@ -149,6 +149,8 @@ int kvs_cmd_run(const kvs_cli_args *args)
     kvs_status status = kvs_cli_open_model(args, &m, &err);
     if (status == KVS_OK)
         status = kvs_session_create(m, &opt, &s, &err);
+    if (status == KVS_OK && args->steer != NULL)
+        status = kvs_session_steer(s, args->steer, &err);
     kvs_cli_catch_interrupts();
     if (status == KVS_OK)
         status = run(args, m, s, &out, &g, &err);

@@ -142,6 +142,8 @@ const kvs_cli_option kvs_cli_options[] = {
      "hard cap of the cache; default the model's window (speed: what the depth needs)", NULL, 0, 0},
     {"position", 0, KVS_CLI_LIST, AT(positions), SESSIONS | SPEED, "MODE",
      "rollback, keep, rerotate, gapcap:G or recompute; default the policy's own", position_choices, 0, 0},
+    {"steer", 0, KVS_CLI_STRING, AT(steer), RUN, "SPEC",
+     "FILE:layer=L,alpha=A,gamma=G moves the answer's hidden states along a control vector; default off", NULL, 0, 0},
     {"prefill", 0, KVS_CLI_CHOICE, AT(prefill), RUN | CHAT | EVAL, "HOW",
      "chunked evicts between chunks of a prompt, full only after it; default chunked", prefill_choices, 0, 0},
     {"ffn-skip", 0, KVS_CLI_STRING, AT(ffn_skip), RUN | CHAT | EVAL, "SPEC",

@@ -309,6 +309,8 @@ void kvs_forward_rows(kvs_forward *f, kvs_arith arith, const int32_t *tokens, ui
             feed_forward(f, arith, layer, n_rows);
         else
             feed_some_forward(f, arith, layer, &ffn, n_rows);
+        if (f->shift != NULL)
+            f->shift(ctx, f, layer, n_rows);
         if (layer + 1 < i->n_layers)
             over_rows(f, ROW_ADD_NORM, m->layers[layer + 1].attn_norm, f->norm, n_rows, &ffn);
         else

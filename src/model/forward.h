@@ -24,6 +24,8 @@ typedef struct kvs_forward {
     float *gate_up;   /* [max_rows][2 n_ff] */
     float *act;       /* [max_rows][n_ff] */
     float *logits;    /* [KVS_LOGIT_ROWS_MAX][vocab] */
+    /* Called with the hook's ctx behind a layer, before its last sum: may move f->x. NULL: nobody does. */
+    void (*shift)(void *ctx, struct kvs_forward *f, uint32_t layer, uint32_t n_rows);
     void *matmul_scratch;
     void *attn_scratch; /* [n_threads + 1][attn_scratch_bytes]; grown when a session is created */
     size_t attn_scratch_bytes;

@@ -11,7 +11,7 @@
 
 /* A plug-in of another layout must have another number. Whoever changes a struct meets this line: raise KVS_POLICY_ABI if
  * a release has it, then write the new sizes (of 64-bit machines) here. */
-_Static_assert(sizeof(void *) != 8 || (sizeof(kvs_policy_ops) == 232 && sizeof(kvs_policy_view) == 296),
+_Static_assert(sizeof(void *) != 8 || (sizeof(kvs_policy_ops) == 232 && sizeof(kvs_policy_view) == 304),
                "kvs_policy_ops or kvs_policy_view has another layout than KVS_POLICY_ABI says");
 
 /* A fixed table, so that readers need no lock: an entry never changes once the count covers it. */

@@ -85,7 +85,10 @@ typedef struct kvs_budget_ops {
 /* Stage select: slots that stay or go together. unit [n_slots] u32: ascending numbers, equal for slots of one unit. */
 typedef struct kvs_select_ops {
     kvs_choice_info info;
-    bool sentences;                                     /* view->sentence_ends has to be there */
+    bool sentences; /* view->sentence_ends has to be there */
+    /* The session keeps what sentences mean and drops those said again first; parameters: the cosine, tokens of a
+     * sentence at least and at most. Then units is NULL: the others are chosen one by one. */
+    bool meanings;
     kvs_policy_scope (*scope_of)(const double *params); /* the finest sets it chooses; NULL: the scorer's */
     void (*units)(const double *params, const kvs_policy_view *view, uint32_t *unit);
     uint32_t (*reuse_of)(const double *params); /* layers in a row that share the first one's keep sets; NULL: 1 */

@@ -2,7 +2,9 @@
  * repository (rkv/utils.py, r1_kv.py): lambda I - (1 - lambda) R. I: scores before the softmax, the largest of the group,
  * softmax over the slots before the window, mean over its 8 rows, maximum over 7 neighbours. R: kvs_key_redundancy,
  * threshold 0.5. lambda 0.1 as the paper (0.07 in the repository). There every 128 tokens when decoding (+schedule=every:128);
- * the repository also spares slot 0 for each key without a likeness, which is an accident of its indexing and left out. */
+ * the repository also spares slot 0 for each key without a likeness, which is an accident of its indexing and left out.
+ * SkipKV (arXiv:2512.07993) is built on it: whole sentences that were said again go before (select_unrepeated.c). Its combination
+ * of sentence and token scores is not published; here the token's score alone ranks what is left. */
 #include "policy/policy.h"
 
 #include "kernels/kernels.h"
@@ -65,20 +67,25 @@ static void score(const double *params, const kvs_policy_view *view, float *scor
         scores[i] = INFINITY;
 }
 
+#define R_KV                                                                                                           \
+    .abi = KVS_POLICY_ABI, .schedule = "full", .position = "keep", .scope = KVS_SCOPE_HEAD,                            \
+    .needs = KVS_POLICY_NEEDS_WINDOW | KVS_POLICY_NEEDS_LOGITS | KVS_POLICY_NEEDS_KEYS, .params = params_info,         \
+    .n_params = 4, .signed_scores = true, .score = score, .window_of = window_of, .work_of = work_of
+
 const kvs_policy_ops kvs_policy_r_kv = {
-    .abi = KVS_POLICY_ABI,
+    R_KV,
     .name = "r-kv",
     .doc = "what the newest rows attend to, less how much a key repeats others",
     .source = "arXiv:2505.24133",
     .exactness = "exact with +schedule=every:128; its repository treats slot 0 as every unlike key's copy",
-    .schedule = "full",
-    .position = "keep",
-    .scope = KVS_SCOPE_HEAD,
-    .needs = KVS_POLICY_NEEDS_WINDOW | KVS_POLICY_NEEDS_LOGITS | KVS_POLICY_NEEDS_KEYS,
-    .params = params_info,
-    .n_params = 4,
-    .signed_scores = true,
-    .score = score,
-    .window_of = window_of,
-    .work_of = work_of,
+};
+
+const kvs_policy_ops kvs_policy_skipkv = {
+    R_KV,
+    .name = "skipkv",
+    .doc = "sentences that a later one repeats go first, then as r-kv",
+    .source = "arXiv:2512.07993",
+    .exactness =
+        "reconstructed: r-kv's score stands for the unpublished one; sentence ends and hidden states by our reading",
+    .select = "unrepeated",
 };

@@ -19,6 +19,7 @@
     X(h2o)                                                                                                             \
     X(knorm)                                                                                                           \
     X(kvzip)                                                                                                           \
+    X(kvzip_plus)                                                                                                      \
     X(kvcompose)                                                                                                       \
     X(kvcompose_ragged)                                                                                                \
     X(laq)                                                                                                             \
@@ -28,6 +29,7 @@
     X(scissorhands)                                                                                                    \
     X(finch)                                                                                                           \
     X(r_kv)                                                                                                            \
+    X(skipkv)                                                                                                          \
     X(g_kv)                                                                                                            \
     X(obcache_v)                                                                                                       \
     X(obcache_k)                                                                                                       \
@@ -79,7 +81,8 @@
     X(chunk)                                                                                                           \
     X(block)                                                                                                           \
     X(sentence)                                                                                                        \
-    X(within)
+    X(within)                                                                                                          \
+    X(unrepeated)
 
 #define KVS_DISPOSES(X)                                                                                                \
     X(merge)                                                                                                           \
@@ -179,7 +182,8 @@ static const char *needs_text(const kvs_policy_ops *ops)
         {KVS_POLICY_NEEDS_QUERY_STATS, "mean and covariance of queries"},
         {KVS_POLICY_NEEDS_KEYS | KVS_POLICY_NEEDS_KEYS_RAW, "keys"},
         {KVS_POLICY_NEEDS_VALUES, "values"},
-        {KVS_POLICY_NEEDS_OUT_NORM, "output projection"},
+        {KVS_POLICY_NEEDS_PROBE_BY_STREAM | KVS_POLICY_NEEDS_PROBE_BY_INPUT, "hidden states of probe rows"},
+        {KVS_POLICY_NEEDS_OUT_NORM | KVS_POLICY_NEEDS_OUT_LENGTH, "output projection"},
         {KVS_POLICY_NEEDS_CARRY, "a number of its own a slot"},
     };
     static _Thread_local char text[256];

@@ -666,6 +666,12 @@ static kvs_status check_answers(const kvs_policy_ops *ops, const double *params,
     if (needs >= KVS_POLICY_NEEDS_END)
         return kvs_error_set(err, KVS_EINVAL, "%s: needs 0x%x holds a bit that is none: all are below 0x%x", ops->name,
                              needs, (unsigned)KVS_POLICY_NEEDS_END);
+    const uint32_t by = needs & (KVS_POLICY_NEEDS_PROBE_BY_STREAM | KVS_POLICY_NEEDS_PROBE_BY_INPUT);
+    if ((by & (by - 1)) != 0 || (by != 0 && (needs & KVS_POLICY_NEEDS_PROBE) == 0))
+        return kvs_error_set(
+            err, KVS_EINVAL,
+            "%s: needs 0x%x has PROBE_BY_STREAM or _INPUT: one of them, and PROBE, whose rows they divide", ops->name,
+            needs);
     if ((needs & KVS_POLICY_NEEDS_LOGITS) != 0 && (needs & KVS_POLICY_NEEDS_WINDOW) == 0)
         return kvs_error_set(err, KVS_EINVAL, "%s: needs 0x%x has LOGITS without WINDOW, whose logits they are",
                              ops->name, needs);

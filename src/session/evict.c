@@ -46,7 +46,7 @@ static void carve_thread(carver *c, const kvs_session *s, kvs_view_scratch *t)
         t->keys = carve(c, n * dh, sizeof(float));
     if (needs & KVS_POLICY_NEEDS_KEYS_RAW)
         t->keys_raw = carve(c, n * dh, sizeof(float));
-    if (needs & (KVS_POLICY_NEEDS_VALUES | KVS_POLICY_NEEDS_OUT_NORM))
+    if (needs & (KVS_POLICY_NEEDS_VALUES | KVS_POLICY_NEEDS_OUT_NORM | KVS_POLICY_NEEDS_OUT_LENGTH))
         t->values = carve(c, n * dh, sizeof(float));
     const size_t pages = kvs_cache_pages_bound(s->cache);
     if (needs & (KVS_POLICY_NEEDS_WINDOW | KVS_POLICY_NEEDS_PAIRS | KVS_POLICY_NEEDS_PROBE)) {
@@ -67,10 +67,14 @@ static void carve_thread(carver *c, const kvs_session *s, kvs_view_scratch *t)
         t->query = carve(c, rows * dh, sizeof(float));
         t->window_pos = carve(c, e->window, sizeof *t->window_pos);
     }
-    if (needs & KVS_POLICY_NEEDS_OUT_NORM) {
+    if (needs & KVS_POLICY_NEEDS_OUT_NORM)
         t->out_norm = carve(c, group * n, sizeof(float));
-        t->out_rows = carve(c, kvs_view_out_rows(s->model), sizeof(float));
+    if (needs & KVS_POLICY_NEEDS_OUT_LENGTH) {
+        t->out_length = carve(c, group * n, sizeof(float));
+        t->out_gram = carve(c, dh * dh, sizeof(double));
     }
+    if (needs & (KVS_POLICY_NEEDS_OUT_NORM | KVS_POLICY_NEEDS_OUT_LENGTH))
+        t->out_rows = carve(c, kvs_view_out_rows(s->model), sizeof(float));
     t->work = carve(c, kvs_policy_work(&s->policy, e->n_slots, info->head_dim), sizeof(float));
     if (s->policy.ops->score_layer != NULL) {
         t->layer_views = carve(c, info->n_kv_heads, sizeof *t->layer_views);
@@ -496,8 +500,13 @@ static void select_task(void *ctx, uint32_t set, uint32_t thread)
     kvs_status status;
     if (p->ops->choose != NULL) {
         status = kvs_select_by_policy(p, &v, scores_of(x, head), v.n_keep, keep_of(x, head), t->chosen, &err);
-    } else if (p->select == NULL) {
-        status = kvs_select(&p->protect, &v, scores_of(x, head), e->n_keep[head], keep_of(x, head), t->select, &err);
+    } else if (p->select == NULL || p->select->meanings) {
+        uint32_t n_keep = e->n_keep[head];
+        if (p->select != NULL) {
+            kvs_protected_mark(&p->protect, &v, scores_of(x, head));
+            n_keep = kvs_sentence_log_mark(&x->s->sentences, &v, scores_of(x, head), n_keep);
+        }
+        status = kvs_select(&p->protect, &v, scores_of(x, head), n_keep, keep_of(x, head), t->select, &err);
     } else {
         p->select->units(p->select_params, &v, t->unit);
         status = (p->select->choose != NULL ? p->select->choose : kvs_select_by_units)(
@@ -701,6 +710,7 @@ static void apply(const eviction *x)
         kvs_cache_set_rope(s->cache, layer, head, s->scratch.kept_rope, next);
     }
     kvs_turn_log_forget(&s->turns, (int32_t)s->n_tokens);
+    kvs_sentence_log_evicted(&s->sentences);
 }
 
 /* Mode recompute: the kept tokens run through the model afresh, at positions 0..n-1, as if nothing else had been

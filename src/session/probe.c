@@ -4,6 +4,7 @@
 
 #include "session/session_internal.h"
 
+#include <float.h>
 #include <math.h>
 #include <string.h>
 
@@ -164,6 +165,18 @@ static uint32_t write_chunk(kvs_session *s, uint32_t begin, uint32_t end)
     return put_tokens(p, n, p->held_token + begin, end - begin);
 }
 
+/* Rows were recorded [group][n_slots of the scratch]; a view has [group][n_slots of its head]. */
+static void close_ranks(kvs_session *s)
+{
+    const uint32_t n_kv_heads = s->model->info.n_kv_heads, group = s->model->info.n_heads / n_kv_heads;
+    for (uint32_t h = 0; h < s->scratch.n_heads; h++) {
+        float *const most = s->probe.most + (size_t)h * group * s->scratch.n_slots;
+        const uint32_t n = kvs_cache_n_live(s->cache, h / n_kv_heads, h % n_kv_heads);
+        for (uint32_t g = 1; g < group; g++)
+            memmove(most + (size_t)g * n, most + (size_t)g * s->scratch.n_slots, n * sizeof *most);
+    }
+}
+
 static kvs_status say_again(kvs_session *s, kvs_forward *f, kvs_error *err)
 {
     kvs_probe *p = &s->probe;
@@ -184,6 +197,7 @@ static kvs_status say_again(kvs_session *s, kvs_forward *f, kvs_error *err)
     }
     for (size_t i = 0; i < n_most; i++)
         p->most[i] = kvs_expf(p->most[i]);
+    close_ranks(s);
     return KVS_OK;
 }
 
@@ -214,14 +228,27 @@ static shared_slots list_slots(const kvs_probe *p, const kvs_view_scratch *t, co
     return out;
 }
 
-/* One row and query head: log-probabilities over its slots, the largest so far into most [live slots]. What is judged is one
- * run of neighbours among both. */
-static void judge_row(const kvs_kernels *kernels, const shared_slots *slots, uint32_t n_seen, float *scores,
-                      float *most)
+/* The logarithm of what a row's probabilities are divided by: KVzip+ asks how much a slot moves the row's own stream. */
+static double log_length(const kvs_session *s, const kvs_forward *f, uint32_t row)
+{
+    const uint32_t needs = kvs_policy_needs(&s->policy), n = s->model->info.n_embd;
+    if ((needs & (KVS_POLICY_NEEDS_PROBE_BY_STREAM | KVS_POLICY_NEEDS_PROBE_BY_INPUT)) == 0)
+        return 0;
+    const float *const x = (needs & KVS_POLICY_NEEDS_PROBE_BY_INPUT ? f->norm : f->x) + (size_t)row * n;
+    double square = 0;
+    for (uint32_t i = 0; i < n; i++)
+        square += (double)x[i] * (double)x[i];
+    return log(square > DBL_MIN ? square : DBL_MIN) / 2;
+}
+
+/* One row and query head: log-probabilities over its slots less `less`, the largest so far into most [live slots]. What is
+ * judged is one run of neighbours among both. */
+static void judge_row(const kvs_kernels *kernels, const shared_slots *slots, uint32_t n_seen, double less,
+                      float *scores, float *most)
 {
     for (uint32_t k = 0; k < n_seen; k++)
         scores[k] = scores[slots->physical[k]]; /* never overtakes what it reads */
-    const float lse = (float)kernels->logsumexp(scores, n_seen, NULL);
+    const float lse = (float)(kernels->logsumexp(scores, n_seen, NULL) + less);
     const float *const restrict from = scores + slots->judged;
     float *const restrict into = most + slots->judged_live;
     for (uint32_t k = 0; k < slots->n_judged; k++) {
@@ -259,10 +286,12 @@ void kvs_probe_record(const kvs_attend_run *run, const kvs_forward *f, uint32_t 
             .rope = &m->rope,
         };
         m->kernels->attend_scores(&job, 0, n_physical, t->physical, stride, t->most);
-        for (uint32_t r = 0; r < job.n_rows; r++)
+        for (uint32_t r = 0; r < job.n_rows; r++) {
+            const double less = log_length(s, f, run->row0 + row + r);
             for (uint32_t g = 0; g < group; g++)
-                judge_row(m->kernels, &slots, slots.n - (run->n_rows - row - r) + 1,
+                judge_row(m->kernels, &slots, slots.n - (run->n_rows - row - r) + 1, less,
                           t->physical + (r * group + g) * stride, most + (size_t)g * s->scratch.n_slots);
+        }
     }
 }
 

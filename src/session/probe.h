@@ -15,7 +15,8 @@ typedef struct kvs_probe {
     uint32_t n_text[3];
     int32_t *tokens, *row_pos;      /* [reserve_tokens] rows being run */
     int32_t *held_pos, *held_token; /* [n_slots] what is said again */
-    float *most; /* [n_heads][group][n_slots] largest probability so far, its logarithm while rows run */
+    float *
+        most; /* [n_heads][group][n_slots] largest probability so far, or of it over the row's length; its logarithm while rows run */
     /* While rows run: which slots they share their attention over besides themselves, and which of them are judged. */
     int32_t first_end, begin, end; /* pos below first_end, or in [begin, end): judged are the latter */
     void *block;

@@ -23,7 +23,7 @@ static void pack(const kvs_session *s, uint64_t words[FIXED_WORDS], size_t cache
         s->n_tokens,
         s->n_tokens_evicted_at,
         s->schedule_mark,
-        (uint64_t)s->uniform | (uint64_t)s->layer_uniform << 1,
+        (uint64_t)s->uniform | (uint64_t)s->layer_uniform << 1 | (uint64_t)s->steer.on << 2,
         s->forward_open,
         (uint64_t)s->last_was_prompt | (uint64_t)s->evicted_after_prompt << 1,
         mass_lost,
@@ -46,8 +46,8 @@ static void pack(const kvs_session *s, uint64_t words[FIXED_WORDS], size_t cache
     memcpy(words, all, sizeof all);
 }
 
-/* What stands between the turns and the cache. */
-static size_t extras_bytes(const kvs_session *s)
+/* Of what stands between the turns and the cache, the part whose size the options say. */
+static size_t fixed_extras_bytes(const kvs_session *s)
 {
     return kvs_query_log_bytes(&s->queries) + kvs_ffn_skip_bytes(&s->ffn);
 }
@@ -81,8 +81,8 @@ static kvs_turn turn_at(const uint8_t *at)
 kvs_status kvs_session_save(const kvs_session *s, void *buf, size_t cap_bytes, size_t *size_bytes, kvs_error *err)
 {
     const size_t cache_bytes = kvs_cache_snapshot_bytes(s->cache);
-    const size_t need =
-        FIXED_WORDS * 8 + sizeof s->policy.text + (size_t)s->turns.n * TURN_BYTES + cache_bytes + extras_bytes(s);
+    const size_t need = FIXED_WORDS * 8 + sizeof s->policy.text + (size_t)s->turns.n * TURN_BYTES + cache_bytes +
+                        fixed_extras_bytes(s) + kvs_sentence_log_bytes(&s->sentences) + kvs_steer_bytes(s);
     *size_bytes = need;
     if (buf == NULL)
         return KVS_OK;
@@ -104,7 +104,11 @@ kvs_status kvs_session_save(const kvs_session *s, void *buf, size_t cap_bytes, s
     }
     kvs_query_log_save(&s->queries, at);
     kvs_ffn_skip_save(&s->ffn, at + kvs_query_log_bytes(&s->queries));
-    kvs_cache_snapshot_write(s->cache, at + extras_bytes(s));
+    at += fixed_extras_bytes(s);
+    kvs_sentence_log_save(&s->sentences, at);
+    at += kvs_sentence_log_bytes(&s->sentences);
+    kvs_steer_save(s, at);
+    kvs_cache_snapshot_write(s->cache, at + kvs_steer_bytes(s));
     return KVS_OK;
 }
 
@@ -132,15 +136,33 @@ static kvs_status check_words(const kvs_session *s, const uint64_t *words, kvs_e
                              "this one: %s",
                              theirs.rule.threshold, theirs.warmup_tokens, theirs.rule.first, theirs.rule.end,
                              s->ffn.text);
+    if (((words[8] & 4) != 0) != s->steer.on)
+        return kvs_error_set(err, KVS_EFORMAT, "saved session was %s, this one is %s",
+                             words[8] & 4 ? "steered" : "not steered",
+                             s->steer.on ? "steered" : "not: kvs_session_steer comes before kvs_session_load");
     return KVS_OK;
 }
 
-static kvs_status check_size(const kvs_session *s, const uint64_t *words, size_t size_bytes, kvs_error *err)
+/* Bytes of a save between its turns and its cache. */
+typedef struct extras {
+    size_t fixed, sentences, steer;
+} extras;
+
+/* at: behind the policy's text. */
+static kvs_status check_size(const kvs_session *s, const uint64_t *words, const uint8_t *at, size_t size_bytes,
+                             extras *x, kvs_error *err)
 {
-    const uint64_t rest = size_bytes - FIXED_WORDS * 8 - sizeof s->policy.text; /* turns, queries, cache */
+    uint64_t rest = size_bytes - FIXED_WORDS * 8 - sizeof s->policy.text;
+    *x = (extras){.fixed = fixed_extras_bytes(s)};
     if (words[5] > INT32_MAX / 2 || words[6] > words[5] || words[20] > rest / TURN_BYTES ||
-        rest - words[20] * TURN_BYTES < extras_bytes(s) ||
-        words[19] != rest - words[20] * TURN_BYTES - extras_bytes(s) || words[25] > words[5] || words[26] > words[6])
+        rest - words[20] * TURN_BYTES < x->fixed || words[25] > words[5] || words[26] > words[6])
+        return kvs_error_set(err, KVS_EFORMAT, "saved session is truncated: %zu bytes", size_bytes);
+    at += words[20] * TURN_BYTES + x->fixed;
+    rest -= words[20] * TURN_BYTES + x->fixed;
+    KVS_TRY(kvs_sentence_log_measure(&s->sentences, at, (size_t)rest, words[5], &x->sentences, err));
+    rest -= x->sentences;
+    KVS_TRY(kvs_steer_measure(s, at + x->sentences, (size_t)rest, words[5], &x->steer, err));
+    if (words[19] != rest - x->steer)
         return kvs_error_set(err, KVS_EFORMAT, "saved session is truncated: %zu bytes", size_bytes);
     return KVS_OK;
 }
@@ -179,17 +201,20 @@ kvs_status kvs_session_load(kvs_session *s, const void *buf, size_t size_bytes, 
     if (strcmp(policy, s->policy.text) != 0)
         return kvs_error_set(err, KVS_EFORMAT, "saved session has policy '%.150s', this one '%.150s'", policy,
                              s->policy.text);
-    KVS_TRY(check_size(s, words, size_bytes, err));
     at += sizeof policy;
+    extras x;
+    KVS_TRY(check_size(s, words, at, size_bytes, &x, err));
     const uint64_t n_turns = words[20];
     KVS_TRY(check_turns(at, n_turns, (int64_t)words[21], (int32_t)words[5], err));
     const kvs_snapshot_limits limits = {(int32_t)words[5], s->model->info.vocab_size, s->scratch.n_slots};
     const uint8_t *const queries = at + n_turns * TURN_BYTES;
-    KVS_TRY(kvs_cache_snapshot_read(s->cache, queries + extras_bytes(s), (size_t)words[19], &limits, err));
+    const uint8_t *const sentences = queries + x.fixed, *const steer = sentences + x.sentences;
+    KVS_TRY(kvs_cache_snapshot_read(s->cache, steer + x.steer, (size_t)words[19], &limits, err));
     kvs_query_log_load(&s->queries, queries);
     kvs_ffn_skip_load(&s->ffn, queries + kvs_query_log_bytes(&s->queries));
     s->ffn.n_said = words[25];
     s->ffn.n_said_evicted_at = words[26];
+    kvs_sentence_log_load(&s->sentences, sentences);
     s->turns.n = n_turns < s->turns.capacity ? (uint32_t)n_turns : s->turns.capacity; /* the newest */
     s->turns.marker_from = (int32_t)(int64_t)words[21];
     at += (n_turns - s->turns.n) * TURN_BYTES;
@@ -197,6 +222,7 @@ kvs_status kvs_session_load(kvs_session *s, const void *buf, size_t size_bytes, 
         s->turns.turns[i] = turn_at(at);
     s->options.seed = words[4];
     s->n_tokens = words[5];
+    kvs_steer_load(s, steer);
     s->n_tokens_evicted_at = words[6];
     s->schedule_mark = words[7];
     s->uniform = (words[8] & 1) != 0;

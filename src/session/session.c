@@ -140,10 +140,10 @@ static bool ends_sentence(const char *text, size_t n)
     return n > 0 && strchr(".!?", text[n - 1]) != NULL;
 }
 
-static kvs_status create_sentence_ends(kvs_session *s, kvs_error *err)
+kvs_status kvs_sentence_ends_create(kvs_session *s, kvs_error *err)
 {
     const uint32_t n = s->model->info.vocab_size;
-    if (s->policy.select == NULL || !s->policy.select->sentences)
+    if (s->sentence_ends != NULL)
         return KVS_OK;
     s->sentence_ends = kvs_alloc(s->allocator, n / 64 + 1, sizeof *s->sentence_ends);
     if (s->sentence_ends == NULL)
@@ -158,14 +158,34 @@ static kvs_status create_sentence_ends(kvs_session *s, kvs_error *err)
     return KVS_OK;
 }
 
+/* n_slots: what a head may hold, so that as many tokens lie between two evictions at most. */
+static kvs_status create_sentences(kvs_session *s, uint32_t n_slots, kvs_error *err)
+{
+    const kvs_select_ops *const ops = s->policy.select;
+    if (ops == NULL || !ops->meanings)
+        return KVS_OK;
+    s->sentences = (kvs_sentence_log){
+        .ends = s->sentence_ends,
+        .n_embd = s->model->info.n_embd,
+        .vocab_size = s->model->info.vocab_size,
+        .threshold = (float)s->policy.select_params[0],
+        .segmenter = {.shortest = (uint32_t)s->policy.select_params[1],
+                      .longest = (uint32_t)kvs_max_u32((uint32_t)s->policy.select_params[1],
+                                                       (uint32_t)s->policy.select_params[2])},
+    };
+    return kvs_sentence_log_create(&s->sentences, s->allocator, n_slots, err);
+}
+
 static kvs_status finish_create(kvs_session *s, kvs_error *err)
 {
     kvs_forward *f;
     KVS_TRY(create_queries(s, err));
     KVS_TRY(kvs_ffn_skip_create(&s->ffn, s->allocator, err));
-    KVS_TRY(create_sentence_ends(s, err));
+    if (s->policy.select != NULL && s->policy.select->sentences)
+        KVS_TRY(kvs_sentence_ends_create(s, err));
     KVS_TRY(kvs_session_forward(s, &f, err));
     KVS_TRY(kvs_evict_scratch_create(s, err));
+    KVS_TRY(create_sentences(s, s->scratch.n_slots, err));
     KVS_TRY(kvs_probe_create(s, err));
     KVS_TRY(check_budget(s, err));
     KVS_TRY(reserve_forward(s, f, err));
@@ -206,6 +226,8 @@ void kvs_session_free(kvs_session **session)
     kvs_probe_free(s);
     kvs_query_log_free(&s->queries, s->allocator);
     kvs_ffn_skip_free(&s->ffn, s->allocator);
+    kvs_sentence_log_free(&s->sentences, s->allocator);
+    kvs_steer_free(s);
     kvs_free(s->allocator, s->sentence_ends);
     kvs_free(s->allocator, s);
 }
@@ -232,6 +254,7 @@ static void fork_state(const kvs_session *from, kvs_session *s)
     kvs_turn_log_copy(&s->turns, &from->turns);
     kvs_query_log_copy(&s->queries, &from->queries);
     kvs_ffn_skip_copy(&s->ffn, &from->ffn);
+    kvs_sentence_log_copy(&s->sentences, &from->sentences, from->n_tokens);
 }
 
 static bool fits_budget(const kvs_session *s)
@@ -287,6 +310,9 @@ kvs_status kvs_session_fork(kvs_session *from, const kvs_session_options *opt, k
         status = finish_create(s, err);
     if (status == KVS_OK) {
         fork_state(from, s);
+        status = kvs_steer_fork(s, from, err);
+    }
+    if (status == KVS_OK) {
         status = fit_budget(s, err);
     }
     if (status != KVS_OK) {
@@ -366,6 +392,8 @@ kvs_status kvs_session_truncate(kvs_session *s, uint64_t n_tokens, kvs_error *er
     kvs_cache_truncate(s->cache, (int32_t)n_tokens);
     kvs_turn_log_truncate(&s->turns, (int32_t)n_tokens);
     kvs_query_log_drop(&s->queries, s->n_tokens - n_tokens);
+    kvs_sentence_log_truncate(&s->sentences, n_tokens);
+    kvs_steer_truncate(s, n_tokens);
     /* What the dropped rows met: nothing was evicted since, so the i-th of them met what is left, i more and itself. */
     const uint64_t n_heads = (uint64_t)s->model->info.n_layers * s->model->info.n_kv_heads;
     const uint64_t dropped = s->n_tokens - n_tokens;
@@ -413,7 +441,7 @@ void kvs_session_get_usage(const kvs_session *s, kvs_usage *u)
         n_ffn_run += s->ffn.rule.counts[l].n_run;
         n_ffn_skipped += s->ffn.rule.counts[l].n_skipped;
     }
-    const uint64_t own = s->scratch.bytes + s->queries.bytes + s->probe.bytes;
+    const uint64_t own = s->scratch.bytes + s->queries.bytes + s->probe.bytes + s->sentences.bytes + s->steer.bytes;
     const uint64_t scratch = own + s->model->forward->bytes;
     *u = (kvs_usage){
         .budget_bytes = m.budget_bytes,

@@ -10,6 +10,8 @@
 #include "session/ffn_skip.h"
 #include "session/observe.h"
 #include "session/probe.h"
+#include "session/sentences.h"
+#include "session/steer.h"
 #include "session/watch.h"
 
 /* What one thread needs to look at one head; arrays that the policy does not ask for are NULL. */
@@ -26,8 +28,9 @@ typedef struct kvs_view_scratch {
     float *physical, *most;          /* [KVS_ATTN_ROWS_MAX * group][physical slots]; [KVS_ATTN_ROWS_MAX * group] */
     kvs_policy_view *layer_views;    /* [n_kv_heads] */
     float **layer_scores;
-    float *out_norm; /* [group][n_slots] */
-    float *out_rows; /* [kvs_view_out_rows()] */
+    float *out_norm, *out_length; /* [group][n_slots] */
+    double *out_gram;             /* [head_dim][head_dim] */
+    float *out_rows;              /* [kvs_view_out_rows()] */
     float *work;
     uint32_t *list;   /* [physical slots] */
     uint64_t *select; /* [2 n_slots + 2] */
@@ -85,6 +88,8 @@ struct kvs_session {
     const int32_t *pending; /* prompt tokens still to come in the call that is under way, or NULL */
     uint32_t n_pending;
     uint64_t *sentence_ends; /* [ceil(vocab / 64)] a bit a token, or NULL: only where selection asks */
+    kvs_sentence_log sentences;
+    kvs_steer steer;
     void (*on_event)(void *ctx, const kvs_event *event);
     void *event_ctx;
 };
@@ -115,6 +120,7 @@ typedef struct kvs_attend_run {
     uint32_t row0, n_rows; /* rows of the step */
     uint32_t tap_from;     /* first row (of this run) whose attention is recorded; n_rows: none */
     bool tap_reset;        /* the accumulators of the latest forward start anew */
+    bool steered;          /* said rows of a session that steers: its shift[] is of these */
     kvs_row_use use;
     uint64_t token_idx; /* of the first row */
     kvs_watch *watch;   /* NULL: nobody looks on */
@@ -145,6 +151,8 @@ kvs_policy_view kvs_view_facts(const kvs_session *s, uint32_t layer, uint32_t he
 /* step.c: appends n tokens at positions pos and runs them, without schedule and logits. EBUDGET: no room, unchanged. */
 kvs_status kvs_step_raw(kvs_session *s, kvs_forward *f, const int32_t *tokens, const uint8_t *flags, const int32_t *pos,
                         uint32_t n, kvs_row_use use, kvs_error *err);
+/* session.c: fills s->sentence_ends, if it is not there. */
+kvs_status kvs_sentence_ends_create(kvs_session *s, kvs_error *err);
 kvs_status kvs_session_forward(kvs_session *s, kvs_forward **out, kvs_error *err);
 
 /* The noise floor: from now on this session's inputs are nudged by one rounding step, up or down by the seed. */

@@ -247,16 +247,38 @@ static bool tap_hidden(const kvs_attend_run *r, kvs_hidden_tap *tap)
     return true;
 }
 
+/* Steering: rows whose alpha is 0 are left alone to the bit. */
+static void shift_rows(void *ctx, kvs_forward *f, uint32_t layer, uint32_t n_rows)
+{
+    (void)n_rows;
+    const kvs_attend_ctx *const a = ctx;
+    const uint32_t n = f->model->info.n_embd;
+    for (uint32_t i = 0; i < a->n_runs; i++) {
+        const kvs_attend_run *const run = &a->runs[i];
+        const kvs_steer *const steer = &run->session->steer;
+        if (!run->steered || steer->layer != layer)
+            continue;
+        for (uint32_t r = 0; r < run->n_rows; r++) {
+            float *const x = f->x + (size_t)(run->row0 + r) * n;
+            for (uint32_t d = 0; steer->shift[r] != 0 && d < n; d++)
+                x[d] += steer->shift[r] * steer->direction[d];
+        }
+    }
+}
+
 /* Runs the rows through all layers. All it works in was reserved when the sessions were created. */
 static void run_forward(kvs_forward *f, step_rows *rows, kvs_arith arith)
 {
     kvs_attend_ctx ctx = {.runs = rows->runs, .n_runs = rows->n_runs};
     kvs_hidden_tap taps[KVS_STEP_ROWS_MAX];
     uint32_t n_taps = 0;
+    f->shift = NULL;
     for (uint32_t i = 0; i < rows->n_runs; i++) {
         ctx.judged |= rows->runs[i].use == KVS_ROWS_JUDGE;
         ctx.watched |= rows->runs[i].watch != NULL;
         n_taps += tap_hidden(&rows->runs[i], &taps[n_taps]);
+        if (rows->runs[i].steered)
+            f->shift = shift_rows;
     }
     const kvs_forward_wishes wishes = {.ffn = rows->any_ffn ? rows->ffn : NULL, .taps = taps, .n_taps = n_taps};
     kvs_forward_rows(f, arith, rows->tokens, rows->n_rows, kvs_attend, &ctx, &wishes);
@@ -373,9 +395,11 @@ static kvs_status add_run(kvs_forward *f, step_rows *rows, kvs_run *run, uint32_
     r->use = s->queries.bytes != 0 ? KVS_ROWS_SAID : KVS_ROWS_ALONE;
     r->token_idx = s->n_tokens;
     r->watch = s->watch;
+    r->steered = s->steer.on;
     memcpy(rows->tokens + rows->n_rows, run->tokens + at, n * sizeof *run->tokens);
     for (uint32_t i = 0; i < n; i++)
         cover_row(rows, rows->n_rows + i, kvs_ffn_skip_next(&s->ffn, flags == NULL ? 0 : flags[i]));
+    kvs_steer_take(s, run->tokens + at, flags, n);
     kvs_turn_log_append(&s->turns, (int32_t)s->n_tokens, flags, n);
     s->n_tokens += n;
     kvs_query_log_advance(&s->queries, s->n_tokens, n);
@@ -392,6 +416,24 @@ static kvs_status fail_open(kvs_run *runs, uint32_t n_runs, const uint32_t *at, 
         if (runs[i].status == KVS_OK && at[i] < runs[i].n_tokens)
             runs[i].status = status;
     return status;
+}
+
+/* The rows' hidden states behind the last norm, for sessions that keep what sentences mean. */
+static void remember_sentences(kvs_forward *f, const step_rows *rows, const kvs_run *runs, const uint32_t *at)
+{
+    const kvs_model *const m = f->model;
+    const uint32_t n = m->info.n_embd;
+    for (uint32_t i = 0; i < rows->n_runs; i++) {
+        const kvs_attend_run *const r = &rows->runs[i];
+        const kvs_run *const run = &runs[rows->run_index[i]];
+        kvs_sentence_log *const log = &r->session->sentences;
+        for (uint32_t row = 0; log->ends != NULL && row < r->n_rows; row++) {
+            const uint32_t k = at[rows->run_index[i]] + row;
+            float *const hidden = f->norm + (size_t)(r->row0 + row) * n;
+            m->kernels->rmsnorm(hidden, f->x + (size_t)(r->row0 + row) * n, m->out_norm, n, m->norm_eps);
+            kvs_sentence_log_add(log, run->tokens[k], run->flags == NULL ? 0 : run->flags[k], hidden);
+        }
+    }
 }
 
 static kvs_status step_locked(kvs_forward *f, kvs_run *runs, uint32_t n_runs, uint32_t *at, kvs_error *err)
@@ -412,6 +454,7 @@ static kvs_status step_locked(kvs_forward *f, kvs_run *runs, uint32_t n_runs, ui
         if (rows.n_runs == 0)
             return first;
         run_forward(f, &rows, arith);
+        remember_sentences(f, &rows, runs, at);
         if (!deliver(f, &rows, runs, at, arith)) {
             kvs_error_set(err, KVS_ECANCELLED, "the caller's callback asked to stop");
             return fail_open(runs, n_runs, at, KVS_ECANCELLED);

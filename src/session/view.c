@@ -58,7 +58,7 @@ size_t kvs_view_out_rows(const kvs_model *m)
 }
 
 /* The columns of the output projection that read this head's group, widened: [group][rows][head_dim], the rows behind the last zero. */
-static void read_out_norm(const kvs_session *s, kvs_policy_view *v, kvs_view_scratch *t)
+static uint32_t read_out_rows(const kvs_session *s, const kvs_policy_view *v, kvs_view_scratch *t)
 {
     const kvs_model *m = s->model;
     const kvs_weight *const w = &m->layers[v->layer].attn_out;
@@ -76,10 +76,45 @@ static void read_out_norm(const kvs_session *s, kvs_policy_view *v, kvs_view_scr
                 memset(at, 0, dh * sizeof *at);
         }
     }
-    for (uint32_t g = 0; g < group; g++)
-        m->kernels->product_norm(t->out_rows + (size_t)g * n_rows * dh, n_rows, dh, t->values, v->n_slots,
-                                 t->out_norm + (size_t)g * v->n_slots);
+    return n_rows;
+}
+
+/* |W v| of each slot from the rows' products with each other, W^T W: dim^2 steps a slot instead of n_rows dim. */
+static void read_lengths(const float *rows, uint32_t n_rows, uint32_t dim, const float *values, uint32_t n,
+                         double *gram, float *length)
+{
+    for (size_t i = 0; i < (size_t)dim * dim; i++)
+        gram[i] = 0;
+    for (uint32_t r = 0; r < n_rows; r++)
+        for (uint32_t i = 0; i < dim; i++)
+            for (uint32_t j = 0; j < dim; j++)
+                gram[(size_t)i * dim + j] += (double)rows[(size_t)r * dim + i] * (double)rows[(size_t)r * dim + j];
+    for (uint32_t k = 0; k < n; k++) {
+        const float *const v = values + (size_t)k * dim;
+        double square = 0;
+        for (uint32_t i = 0; i < dim; i++) {
+            double sum = 0;
+            for (uint32_t j = 0; j < dim; j++)
+                sum += gram[(size_t)i * dim + j] * (double)v[j];
+            square += sum * (double)v[i];
+        }
+        length[k] = square > 0 ? (float)sqrt(square) : 0.0f;
+    }
+}
+
+static void read_out(const kvs_session *s, kvs_policy_view *v, kvs_view_scratch *t)
+{
+    const uint32_t dh = v->head_dim, n_rows = read_out_rows(s, v, t);
+    for (uint32_t g = 0; g < v->group; g++) {
+        const float *const rows = t->out_rows + (size_t)g * n_rows * dh;
+        const size_t at = (size_t)g * v->n_slots;
+        if (t->out_norm != NULL)
+            s->model->kernels->product_norm(rows, n_rows, dh, t->values, v->n_slots, t->out_norm + at);
+        if (t->out_length != NULL)
+            read_lengths(rows, n_rows, dh, t->values, v->n_slots, t->out_gram, t->out_length + at);
+    }
     v->out_norm = t->out_norm;
+    v->out_length = t->out_length;
 }
 
 /* ---- the window ---- */
@@ -241,8 +276,8 @@ kvs_policy_view kvs_view_kv(const kvs_session *s, uint32_t layer, uint32_t head,
 kvs_policy_view kvs_view_contents(const kvs_session *s, uint32_t layer, uint32_t head, kvs_view_scratch *t)
 {
     kvs_policy_view v = kvs_view_kv(s, layer, head, t);
-    if (t->out_norm != NULL)
-        read_out_norm(s, &v, t);
+    if (t->out_rows != NULL)
+        read_out(s, &v, t);
     return v;
 }
 

@@ -116,7 +116,7 @@ static FIXTURE_UNUSED void fill_contents(kvs_rng *rng, uint32_t n)
     b.view.rope_theta = b.theta;
     b.view.n_freq = HEAD_DIM / 2;
     b.view.rope_next = (int32_t)b.view.n_tokens;
-    b.view.out_norm = b.out_norm;
+    b.view.out_norm = b.view.out_length = b.out_norm;
     b.view.probe = b.probe;
     for (uint32_t i = 0; i < sizeof b.sentence_ends / sizeof *b.sentence_ends; i++)
         b.sentence_ends[i] = kvs_rng_next(rng) & kvs_rng_next(rng) & kvs_rng_next(rng); /* every eighth token */
@@ -180,7 +180,7 @@ static FIXTURE_UNUSED uint32_t evict(const kvs_policy *p, uint32_t n_full)
     b.target = target = kvs_policy_target_scored(p, &b.view, b.scores, n_full);
     kvs_error err = {0};
     kvs_status status;
-    if (p->select != NULL) {
+    if (p->select != NULL && p->select->units != NULL) { /* else the session marks what goes first */
         p->select->units(p->select_params, &b.view, b.unit);
         status = (p->select->choose != NULL ? p->select->choose : kvs_select_by_units)(
             &p->protect, &b.view, b.scores, b.unit, target, b.keep, b.scratch, &err);

@@ -372,6 +372,7 @@ static const char *const evicting[] = {
     "llama_context_shift:n_keep=8 +protect=none",
     "critical-adakv:window=16",
     "obcache-vk +select=sentence:longest=12",
+    "skipkv +select=unrepeated:threshold=0.5,shortest=2,longest=12",
     "h2o +dispose=merge",
     "h2o +dispose=nearest",
     "snapkv:window=8 +dispose=cam +schedule=every:61",
@@ -513,6 +514,7 @@ static void truncated_tokens_leave_a_trace(void **state)
         {.policy = "streaming", .position = "rerotate", .budget = SMALL, .chunk = CHUNK},
         {.policy = "random:keep=0.6", .position = "rollback", .budget = SMALL, .chunk = CHUNK},
         {.policy = "streaming", .position = "keep", .budget = SMALL, .chunk = CHUNK, .arith = KVS_ARITH_F32},
+        {.policy = "skipkv +select=unrepeated:threshold=0.5,shortest=2,longest=12", .budget = SMALL, .chunk = CHUNK},
     };
     for (uint32_t i = 0; i < sizeof settings / sizeof *settings; i++) {
         const setting *c = &settings[i];

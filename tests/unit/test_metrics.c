@@ -184,6 +184,12 @@ static void test_footprint_of_full_and_capped_caches(void **state)
     near(peak, 0.1);
     kvs_footprint_finish(&(kvs_footprint){0}, 90, &footprint, &peak);
     assert_true(isnan(footprint) && isnan(peak));
+    kvs_footprint figure = {0}; /* arXiv:2506.17121, figure 1: 26 of 36 cells over eight steps */
+    for (uint64_t t = 1; t <= 8; t++)
+        kvs_footprint_add(&figure, t < 4 ? t : 4);
+    kvs_footprint_finish(&figure, 1, &footprint, &peak);
+    near(footprint, 26.0 / 36.0);
+    near(peak, 0.5);
     near(kvs_overshoot(150, 100), 0.5);
     near(kvs_overshoot(90, 100), -0.1);
     assert_true(isnan(kvs_overshoot(1, 0)));

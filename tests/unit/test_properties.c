@@ -633,7 +633,8 @@ static void evict_to(watch *w, kvs_session *s, uint32_t n_keep)
         fail_msg("%s, %u of %u: %s", w->c->spec, n_keep, before, err.message);
     kvs_usage u;
     kvs_session_get_usage(s, &u);
-    if (s->n_tokens > 0 && (u.n_slots_min == 0 || u.n_slots_mean > kvs_max_u32(n_keep, 4) + 1e-9))
+    const uint32_t most = kvs_max_u32(n_keep, 4 + s->policy.protect.recent); /* what is protected stays */
+    if (s->n_tokens > 0 && (u.n_slots_min == 0 || u.n_slots_mean > most + 1e-9))
         fail_msg("%s, %u of %u: %u to %u slots stay, %.2f a head", w->c->spec, n_keep, before, u.n_slots_min,
                  u.n_slots_max, u.n_slots_mean);
     check_usage(w);
