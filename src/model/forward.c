@@ -170,6 +170,12 @@ static void joined_product(kvs_forward *f, kvs_arith arith, const kvs_weight *jo
 
 /* ---- the loop ---- */
 
+static void look(kvs_forward *f, uint32_t layer, uint32_t n_rows, kvs_watch_point point)
+{
+    if (f->watch.fn != NULL)
+        f->watch.fn(f->watch.ctx, f, layer, n_rows, point);
+}
+
 void kvs_forward_rows(kvs_forward *f, kvs_arith arith, const int32_t *tokens, uint32_t n_rows, kvs_attend_hook attend,
                       void *ctx)
 {
@@ -187,8 +193,11 @@ void kvs_forward_rows(kvs_forward *f, kvs_arith arith, const int32_t *tokens, ui
 
         const kvs_weight *const qkv[] = {&p->q, &p->k, &p->v};
         joined_product(f, arith, &l->qkv, qkv, 3, f->qkv, qkv_width, n_rows);
+        look(f, layer, n_rows, KVS_WATCH_QKV);
         attend(ctx, f, layer, n_rows);
+        look(f, layer, n_rows, KVS_WATCH_ATT);
         product(f, arith, &l->attn_out, f->att, att_width, f->norm, i->n_embd, n_rows);
+        look(f, layer, n_rows, KVS_WATCH_MIX);
         over_rows(f, ROW_ADD_NORM, l->ffn_norm, f->norm, n_rows);
 
         const kvs_weight *const gate_up[] = {&p->gate, &p->up};

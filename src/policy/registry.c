@@ -51,7 +51,12 @@
     X(non_causal_attention)                                                                                            \
     X(compactor)                                                                                                       \
     X(qfilter)                                                                                                         \
-    X(cascading)
+    X(cascading)                                                                                                       \
+    X(squeezeattention)                                                                                                \
+    X(baklava)                                                                                                         \
+    X(duo)                                                                                                             \
+    X(prulong)                                                                                                         \
+    X(kvzip_head)
 
 #define KVS_PROBES(X)                                                                                                  \
     X(repeat)                                                                                                          \
@@ -69,7 +74,12 @@
     X(ada)                                                                                                             \
     X(global)                                                                                                          \
     X(composite)                                                                                                       \
-    X(skip)
+    X(skip)                                                                                                            \
+    X(squeeze)                                                                                                         \
+    X(baklava)                                                                                                         \
+    X(sensitivity)                                                                                                     \
+    X(layers)                                                                                                          \
+    X(roles)
 
 #define KVS_SELECTS(X)                                                                                                 \
     X(chunk)                                                                                                           \

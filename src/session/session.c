@@ -120,7 +120,8 @@ static kvs_status create_queries(kvs_session *s, kvs_error *err)
     s->queries = (kvs_query_log){.n_layers = i->n_layers,
                                  .n_kv_heads = i->n_kv_heads,
                                  .group = i->n_heads / i->n_kv_heads,
-                                 .head_dim = i->head_dim};
+                                 .head_dim = i->head_dim,
+                                 .mixes = s->policy.budget != NULL && s->policy.budget->similarity};
     return kvs_query_log_create(&s->queries, s->allocator, kvs_policy_window(&s->policy),
                                 (kvs_policy_needs(&s->policy) & KVS_POLICY_NEEDS_QUERY_STATS) != 0, err);
 }
@@ -157,9 +158,27 @@ static kvs_status create_sentence_ends(kvs_session *s, kvs_error *err)
     return KVS_OK;
 }
 
+/* Reads the file that the budget stage needs, unless a fork has its parent's. */
+static kvs_status create_profile(kvs_session *s, kvs_error *err)
+{
+    static pthread_mutex_t hashing = PTHREAD_MUTEX_INITIALIZER; /* kvs_model_sha256 keeps what it found */
+    const kvs_profile_want *want = s->policy.budget == NULL ? NULL : s->policy.budget->file;
+    if (want == NULL || s->profile.block != NULL)
+        return KVS_OK;
+    if (s->policy.budget_file[0] == '\0')
+        return kvs_error_set(err, KVS_EINVAL, "%s: +budget=%s needs file=PATH (%s)", s->policy.ops->name,
+                             s->policy.budget->info.name, want->doc);
+    pthread_mutex_lock(&hashing);
+    const kvs_profile_model model = {kvs_model_sha256(s->model), s->model->info.n_layers, s->model->info.n_kv_heads};
+    pthread_mutex_unlock(&hashing);
+    KVS_TRY(kvs_profile_read(s->policy.budget_file, want, &model, s->allocator, &s->profile, err));
+    return kvs_policy_set_hash(&s->policy, s->profile.sha256, err);
+}
+
 static kvs_status finish_create(kvs_session *s, kvs_error *err)
 {
     kvs_forward *f;
+    KVS_TRY(create_profile(s, err));
     KVS_TRY(create_queries(s, err));
     KVS_TRY(create_sentence_ends(s, err));
     KVS_TRY(kvs_session_forward(s, &f, err));
@@ -203,6 +222,7 @@ void kvs_session_free(kvs_session **session)
     kvs_evict_scratch_free(s);
     kvs_probe_free(s);
     kvs_query_log_free(&s->queries, s->allocator);
+    kvs_profile_free(&s->profile, s->allocator);
     kvs_free(s->allocator, s->sentence_ends);
     kvs_free(s->allocator, s);
 }
@@ -269,6 +289,8 @@ kvs_status kvs_session_fork(kvs_session *from, const kvs_session_options *opt, k
         s->policy = from->policy; /* paper_compat and the spec's own position may differ from the text's reading */
     const kvs_cache_config config = cache_config(s, kvs_cache_live_max(from->cache));
     kvs_status status = kvs_cache_fork(from->cache, &config, &s->cache, err);
+    if (status == KVS_OK && same_policy)
+        status = kvs_profile_copy(&from->profile, s->allocator, &s->profile, err);
     if (status == KVS_OK)
         status = finish_create(s, err);
     if (status == KVS_OK) {

@@ -73,6 +73,7 @@ struct kvs_session {
     kvs_evict_scratch scratch;
     kvs_turn_log turns; /* its memory is among scratch's bytes */
     kvs_query_log queries;
+    kvs_profile profile; /* of the budget stage's file */
     kvs_probe probe;
     int32_t probe_token;    /* what a lookahead begins with */
     const int32_t *pending; /* prompt tokens still to come in the call that is under way, or NULL */
@@ -114,10 +115,15 @@ typedef struct kvs_attend_ctx {
     const kvs_attend_run *runs;
     uint32_t n_runs;
     bool judged; /* some run's rows judge slots */
+    bool mixed;  /* some run's policy asks what attention changes */
 } kvs_attend_ctx;
 /* Bytes of scratch a thread needs for sessions whose heads have n_pages at most. */
 size_t kvs_attend_scratch_bytes(const kvs_model *m, uint32_t n_pages);
 void kvs_attend(void *ctx, kvs_forward *f, uint32_t layer, uint32_t n_rows);
+/* mix.c: records what attention changes of the hidden state; a kvs_watch with the same ctx. */
+void kvs_attend_watch(void *ctx, kvs_forward *f, uint32_t layer, uint32_t n_rows, kvs_watch_point point);
+/* Cosine of x and x + d, n of each, in double; the same bits on every machine. 0 where either is 0. */
+double kvs_cosine_after(const float *x, const float *d, uint32_t n);
 
 /* view.c: what a policy sees of one head, in t's arrays. */
 kvs_policy_view kvs_view_head(const kvs_session *s, uint32_t layer, uint32_t head, kvs_view_scratch *t);

@@ -237,9 +237,15 @@ static void plan_tap(kvs_session *s, kvs_attend_run *r, const uint8_t *flags)
 static void run_forward(kvs_forward *f, step_rows *rows, kvs_arith arith)
 {
     kvs_attend_ctx ctx = {.runs = rows->runs, .n_runs = rows->n_runs};
-    for (uint32_t i = 0; i < rows->n_runs; i++)
+    for (uint32_t i = 0; i < rows->n_runs; i++) {
         ctx.judged |= rows->runs[i].use == KVS_ROWS_JUDGE;
+        ctx.mixed |= rows->runs[i].use == KVS_ROWS_SAID && rows->runs[i].session->queries.mixes;
+    }
+    const kvs_watch watch = f->watch;
+    if (ctx.mixed)
+        f->watch = (kvs_watch){kvs_attend_watch, &ctx};
     kvs_forward_rows(f, arith, rows->tokens, rows->n_rows, kvs_attend, &ctx);
+    f->watch = watch;
 }
 
 kvs_status kvs_step_raw(kvs_session *s, kvs_forward *f, const int32_t *tokens, const uint8_t *flags, const int32_t *pos,
