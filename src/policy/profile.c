@@ -34,17 +34,19 @@ static kvs_status read_whole(const char *path, char **bytes, size_t *n_bytes, kv
         return KVS_EIO;
     }
     char *text = NULL;
+    size_t have = 0;
     kvs_status status = KVS_OK;
     if (!S_ISREG(st.st_mode) || st.st_size > FILE_BYTES_MAX)
         status = kvs_error_set(err, KVS_EFORMAT, "profile %.200s is no plain file of at most %d bytes", path,
                                FILE_BYTES_MAX);
-    else if ((text = malloc((size_t)st.st_size + 1)) == NULL)
+    if (status == KVS_OK && (text = malloc((size_t)st.st_size + 1)) == NULL)
         status = kvs_error_set(err, KVS_ENOMEM, "no memory for profile %.200s", path);
-    size_t have = 0;
-    for (ssize_t n; status == KVS_OK && have < (size_t)st.st_size; have += (size_t)n)
-        if ((n = read(fd, text + have, (size_t)st.st_size - have)) <= 0)
+    for (ssize_t n; text != NULL && status == KVS_OK && have < (size_t)st.st_size; have += (size_t)n)
+        if ((n = read(fd, text + have, (size_t)st.st_size - have)) <= 0) {
             status = kvs_error_set(err, KVS_EIO, "profile %.200s cannot be read: %s", path,
                                    n < 0 ? strerror(errno) : "it became shorter");
+            break;
+        }
     close(fd);
     if (status != KVS_OK) {
         free(text);

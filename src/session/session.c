@@ -195,6 +195,12 @@ static kvs_status finish_create(kvs_session *s, kvs_error *err)
 
 kvs_status kvs_session_create(kvs_model *m, const kvs_session_options *opt, kvs_session **out, kvs_error *err)
 {
+    return kvs_session_create_profiled(m, opt, NULL, out, err);
+}
+
+kvs_status kvs_session_create_profiled(kvs_model *m, const kvs_session_options *opt, const kvs_profile *profile,
+                                       kvs_session **out, kvs_error *err)
+{
     kvs_session_options defaults;
     kvs_session_options_default(&defaults);
     *out = NULL;
@@ -202,6 +208,8 @@ kvs_status kvs_session_create(kvs_model *m, const kvs_session_options *opt, kvs_
     KVS_TRY(session_new(m, opt != NULL ? opt : &defaults, &s, err));
     const kvs_cache_config config = cache_config(s, 0);
     kvs_status status = kvs_cache_create(&config, &s->cache, err);
+    if (status == KVS_OK && profile != NULL)
+        status = kvs_profile_copy(profile, s->allocator, &s->profile, err);
     if (status == KVS_OK)
         status = finish_create(s, err);
     if (status != KVS_OK) {

@@ -139,6 +139,10 @@ kvs_status kvs_step_raw(kvs_session *s, kvs_forward *f, const int32_t *tokens, c
                         uint32_t n, kvs_row_use use, kvs_error *err);
 kvs_status kvs_session_forward(kvs_session *s, kvs_forward **out, kvs_error *err);
 
+/* As kvs_session_create with a profile that no file has yet, in place of the one that the spec names. */
+kvs_status kvs_session_create_profiled(kvs_model *m, const kvs_session_options *opt, const kvs_profile *profile,
+                                       kvs_session **out, kvs_error *err);
+
 /* The noise floor: from now on this session's inputs are nudged by one rounding step, up or down by the seed. */
 void kvs_session_perturb(kvs_session *s, uint64_t seed);
 
