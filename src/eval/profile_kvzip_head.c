@@ -3,20 +3,20 @@
  * and every head may take for a sink, do not count. Of several texts the mean counts. */
 #include "eval/profile_internal.h"
 
+#include <math.h>
+
 enum { SINKS = 4, CHUNK = 2000, ROWS = 1024 /* of requests and answers' openings, at most */ };
 
 /* The largest score of a KV head, over its query heads and the tokens behind the sinks. */
 static double worth(const kvs_session *s, uint32_t layer, uint32_t head)
 {
     const kvs_model_info *const i = &s->model->info;
-    const uint32_t group = i->n_heads / i->n_kv_heads, n = kvs_cache_n_live(s->cache, layer, head);
+    const uint32_t group = i->n_heads / i->n_kv_heads;
+    const kvs_policy_view v = kvs_view_head(s, layer, head, &s->scratch.threads[0]);
     float most = 0;
-    for (uint32_t g = 0; g < group; g++) {
-        const float *const x =
-            s->probe.most + ((size_t)layer * i->n_heads + (size_t)head * group + g) * s->scratch.n_slots;
-        for (uint32_t t = SINKS; t < n; t++)
-            most = x[t] > most ? x[t] : most;
-    }
+    for (uint32_t g = 0; g < group; g++)
+        for (uint32_t t = SINKS; t < v.n_slots; t++)
+            most = fmaxf(most, v.probe[(size_t)g * v.n_slots + t]);
     return (double)most;
 }
 

@@ -164,6 +164,18 @@ static uint32_t write_chunk(kvs_session *s, uint32_t begin, uint32_t end)
     return put_tokens(p, n, p->held_token + begin, end - begin);
 }
 
+/* Rows were recorded [group][n_slots of the scratch]; a view has [group][n_slots of its head]. */
+static void close_ranks(kvs_session *s)
+{
+    const uint32_t n_kv_heads = s->model->info.n_kv_heads, group = s->model->info.n_heads / n_kv_heads;
+    for (uint32_t h = 0; h < s->scratch.n_heads; h++) {
+        float *const most = s->probe.most + (size_t)h * group * s->scratch.n_slots;
+        const uint32_t n = kvs_cache_n_live(s->cache, h / n_kv_heads, h % n_kv_heads);
+        for (uint32_t g = 1; g < group; g++)
+            memmove(most + (size_t)g * n, most + (size_t)g * s->scratch.n_slots, n * sizeof *most);
+    }
+}
+
 static kvs_status say_again(kvs_session *s, kvs_forward *f, kvs_error *err)
 {
     kvs_probe *p = &s->probe;
@@ -184,6 +196,7 @@ static kvs_status say_again(kvs_session *s, kvs_forward *f, kvs_error *err)
     }
     for (size_t i = 0; i < n_most; i++)
         p->most[i] = kvs_expf(p->most[i]);
+    close_ranks(s);
     return KVS_OK;
 }
 
