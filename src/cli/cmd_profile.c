@@ -79,6 +79,17 @@ static json_t *table_of(const double *x, uint32_t n_layers, uint32_t n_kv_heads)
     return table;
 }
 
+static json_t *tables_of(const kvs_profile_made *p)
+{
+    if (p->n_tables == 1)
+        return table_of(p->heads, p->n_layers, p->n_kv_heads);
+    json_t *const list = json_array();
+    for (uint32_t t = 0; t < p->n_tables; t++)
+        json_array_append_new(list,
+                              table_of(p->heads + (size_t)t * p->n_layers * p->n_kv_heads, p->n_layers, p->n_kv_heads));
+    return list;
+}
+
 /* Where the numbers come from, so that anyone can make them again. */
 static void set_origin(json_t *o, const kvs_cli_args *args, const kvs_model_info *info, const texts *t)
 {
@@ -127,7 +138,7 @@ static json_t *as_json(const kvs_cli_args *args, kvs_model *m, const texts *t, c
     if (p->n_tried != 0)
         set_search(o, p);
     if (p->heads != NULL)
-        json_object_set_new(o, "heads", table_of(p->heads, p->n_layers, p->n_kv_heads));
+        json_object_set_new(o, "heads", tables_of(p));
     if (p->layers != NULL)
         json_object_set_new(o, "layers", list_of(p->layers, p->n_layers));
     if (p->n_tried != 0) {
@@ -201,7 +212,8 @@ static int check_usage(const kvs_cli_args *args)
     }
     const char *const near = kvs_nearest(args->operands[0], names, n);
     return kvs_cli_usage_error(args->command, "unknown kind '%s'%s%s%s", args->operands[0],
-                               near != NULL ? "; did you mean '" : ": known are baklava, sensitivity, duo, kvzip-head",
+                               near != NULL ? "; did you mean '"
+                                            : ": known are baklava, sensitivity, duo, kvzip-head, lukv",
                                near != NULL ? near : "", near != NULL ? "'?" : "");
 }
 

@@ -96,7 +96,8 @@ const kvs_cli_command kvs_cli_commands[] = {
      "share for each KV head, searched for --budget; of several texts the last is not used but told), sensitivity (how "
      "much a layer's keys change without the far context, EpiCache), duo (which heads look far back, without training) "
      "or "
-     "kvzip-head (which heads a repetition needs). The file belongs to this model. Default arithmetic f32.",
+     "kvzip-head (which heads a repetition needs) or lukv (what heads should drop, at 99 ratios). The file belongs to "
+     "this model. Default arithmetic f32.",
      "kvasir profile duo --text book.txt -o duo.json\tthen: --policy duo:file=duo.json\n"
      "kvasir profile baklava --text a.txt --text b.txt --text held-out.txt --tokens 2048 --budget 512tok -o "
      "b.json\tshares "

@@ -8,12 +8,11 @@
 static const struct {
     const char *name;
     kvs_status (*measure)(kvs_profile_run *r);
-    bool heads;
+    uint32_t n_tables; /* of heads; 0: layers */
 } kinds[] = {
-    {"baklava", kvs_profile_baklava, true},
-    {"sensitivity", kvs_profile_sensitivity, false},
-    {"duo", kvs_profile_duo, true},
-    {"kvzip-head", kvs_profile_kvzip_head, true},
+    {"baklava", kvs_profile_baklava, 1}, {"sensitivity", kvs_profile_sensitivity, 0},
+    {"duo", kvs_profile_duo, 1},         {"kvzip-head", kvs_profile_kvzip_head, 1},
+    {"lukv", kvs_profile_lukv, 99},
 };
 
 enum { N_KINDS = sizeof kinds / sizeof *kinds };
@@ -85,7 +84,8 @@ static kvs_status find(const char *kind, uint32_t *index, kvs_error *err)
     if (near != NULL)
         return kvs_error_set(err, KVS_EINVAL, "unknown kind of profile '%.40s': did you mean '%s'?", kind, near);
     return kvs_error_set(err, KVS_EINVAL,
-                         "unknown kind of profile '%.40s': known are baklava, sensitivity, duo, kvzip-head", kind);
+                         "unknown kind of profile '%.40s': known are baklava, sensitivity, duo, kvzip-head, lukv",
+                         kind);
 }
 
 kvs_status kvs_eval_profile(kvs_model *m, const char *kind, const kvs_profile_options *opt,
@@ -99,9 +99,10 @@ kvs_status kvs_eval_profile(kvs_model *m, const char *kind, const kvs_profile_op
     const size_t n_heads = (size_t)m->info.n_layers * m->info.n_kv_heads;
     out->n_layers = m->info.n_layers;
     out->n_kv_heads = m->info.n_kv_heads;
+    out->n_tables = kinds[k].n_tables;
     out->held_nll_even = out->held_nll_chosen = (double)NAN;
-    double **const numbers = kinds[k].heads ? &out->heads : &out->layers;
-    *numbers = calloc(kinds[k].heads ? n_heads : out->n_layers, sizeof **numbers);
+    double **const numbers = kinds[k].n_tables > 0 ? &out->heads : &out->layers;
+    *numbers = calloc(kinds[k].n_tables > 0 ? kinds[k].n_tables * n_heads : out->n_layers, sizeof **numbers);
     kvs_status status =
         *numbers != NULL ? KVS_OK : kvs_error_set(err, KVS_ENOMEM, "no memory for a profile of %zu heads", n_heads);
     kvs_profile_run r = {m, opt, texts, n_texts, 0, 0, out, err};

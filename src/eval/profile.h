@@ -22,7 +22,9 @@ typedef struct kvs_profile_options {
 
 typedef struct kvs_profile_made {
     uint32_t n_layers, n_kv_heads;
-    double *heads, *layers; /* [n_layers][n_kv_heads], [n_layers]; the kind's numbers are in one of them, NULL else */
+    /* [n_tables][n_layers][n_kv_heads], [n_layers]; the kind's numbers are in one of them, NULL else. */
+    double *heads, *layers;
+    uint32_t n_tables;
     /* What the search of baklava found; n_tried 0: no search. */
     uint32_t n_tried, budget_tokens;
     double *head_importance, *layer_importance;

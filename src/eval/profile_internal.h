@@ -30,11 +30,15 @@ kvs_status kvs_profile_baklava(kvs_profile_run *r);
 kvs_status kvs_profile_sensitivity(kvs_profile_run *r);
 kvs_status kvs_profile_duo(kvs_profile_run *r);
 kvs_status kvs_profile_kvzip_head(kvs_profile_run *r);
+kvs_status kvs_profile_lukv(kvs_profile_run *r);
 
 /* baklava: weights of heads by class of what they are worth; equal worth gives 1 everywhere. low, high: parts of all
  * heads below and above the two borders; few, many: the weights there. */
 void kvs_profile_classes(const double *worth, uint32_t n, double low, double high, double few, double many,
                          double *weights);
+/* lukv: adds [n], what each of n in a row adds, becomes the slopes of the least concave majorant of their sums.
+ * size: [n] scratch. */
+void kvs_profile_hull(double *adds, uint32_t *size, uint32_t n);
 /* duo: area under the cumulated attention of the last of n positions when all hold the same query and key; pairs of
  * dims turn by theta [n_freq] a position. */
 double kvs_profile_reach(const double *q, const double *k, uint32_t head_dim, const double *theta, uint32_t n_freq,

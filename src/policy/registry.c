@@ -56,7 +56,8 @@
     X(baklava)                                                                                                         \
     X(duo)                                                                                                             \
     X(prulong)                                                                                                         \
-    X(kvzip_head)
+    X(kvzip_head)                                                                                                      \
+    X(lukv)
 
 #define KVS_PROBES(X)                                                                                                  \
     X(repeat)                                                                                                          \
@@ -79,7 +80,8 @@
     X(baklava)                                                                                                         \
     X(sensitivity)                                                                                                     \
     X(layers)                                                                                                          \
-    X(roles)
+    X(roles)                                                                                                           \
+    X(lukv)
 
 #define KVS_SELECTS(X)                                                                                                 \
     X(chunk)                                                                                                           \

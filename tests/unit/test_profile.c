@@ -271,6 +271,49 @@ static void importance_is_how_far_output_turns_and_the_choice_is_no_worse_than_e
     kvs_profile_made_free(&made);
 }
 
+/* ---- lukv ------------------------------------------------------------------------------------------------------- */
+
+static void the_hull_is_the_least_concave_curve_above_the_sums(void **state)
+{
+    (void)state;
+    kvs_rng rng = {6};
+    for (int round = 0; round < 300; round++) {
+        const uint32_t n = 1 + kvs_rng_below(&rng, 40);
+        uint32_t blocks[40];
+        double adds[40], hull[40], upto[41] = {0}, above = 0;
+        for (uint32_t i = 0; i < n; i++)
+            upto[i + 1] = upto[i] + (adds[i] = hull[i] = kvs_rng_below(&rng, 4) == 0 ? 0 : kvs_rng_double(&rng));
+        kvs_profile_hull(hull, blocks, n);
+        for (uint32_t i = 1; i <= n; i++) { /* the highest chord over i */
+            above += hull[i - 1];
+            double most = upto[i];
+            for (uint32_t a = 0; a < i; a++)
+                for (uint32_t b = i; b <= n; b++)
+                    most = fmax(most, upto[a] + (upto[b] - upto[a]) * (i - a) / (b - a));
+            assert_true(fabs(above - most) < 1e-12);
+        }
+    }
+}
+
+/* Every table's sum is its ratio, and no head gets more back when more is dropped. */
+static void lukvs_tables_drop_their_ratio_and_fall_with_it(void **state)
+{
+    (void)state;
+    kvs_profile_made made = measure(model, "lukv", 0, 0, 1200, 2);
+    assert_int_equal(made.n_tables, 99);
+    for (uint32_t t = 0; t < 99; t++) {
+        double dropped = 0;
+        for (uint32_t h = 0; h < HEADS; h++) {
+            const double x = made.heads[t * HEADS + h];
+            assert_true(x >= 0 && x <= 1 - 5.0 / 600 + 1e-12); /* the protected */
+            assert_true(t == 0 || x >= made.heads[(t - 1) * HEADS + h] - 1e-12);
+            dropped += x / HEADS;
+        }
+        assert_true(fabs(dropped - (t + 1) / 100.0) <= 0.5 / (600 * HEADS) + 1e-12);
+    }
+    kvs_profile_made_free(&made);
+}
+
 /* ---- all kinds -------------------------------------------------------------------------------------------------- */
 
 static void threads_do_not_show_and_bad_wishes_are_refused(void **state)
@@ -280,7 +323,7 @@ static void threads_do_not_show_and_bad_wishes_are_refused(void **state)
     assert_non_null(other);
     for (uint32_t k = 0; kvs_eval_profile_kind(k) != NULL; k++) {
         const char *const kind = kvs_eval_profile_kind(k);
-        kvs_profile_made a = measure(model, kind, 100, 300, 700, 1), b = measure(other, kind, 100, 300, 700, 1);
+        kvs_profile_made a = measure(model, kind, 100, 300, 1000, 1), b = measure(other, kind, 100, 300, 1000, 1);
         if (a.heads != NULL)
             assert_memory_equal(a.heads, b.heads, HEADS * sizeof *a.heads);
         else
@@ -302,6 +345,7 @@ static void threads_do_not_show_and_bad_wishes_are_refused(void **state)
     assert_int_equal(kvs_eval_profile(model, "duo", &opt, &text, 0, &made, &err), KVS_EINVAL);
     assert_int_equal(kvs_eval_profile(model, "sensitivity", &opt, &brief, 1, &made, &err), KVS_EINVAL);
     assert_int_equal(kvs_eval_profile(model, "baklava", &opt, &brief, 1, &made, &err), KVS_EINVAL);
+    assert_int_equal(kvs_eval_profile(model, "lukv", &opt, &brief, 1, &made, &err), KVS_EINVAL);
 }
 
 int main(void)
@@ -313,6 +357,8 @@ int main(void)
         cmocka_unit_test(a_heads_worth_is_the_largest_score_that_kvzip_gives_its_tokens),
         cmocka_unit_test(classes_are_borders_of_worth_and_equal_worth_is_even),
         cmocka_unit_test(importance_is_how_far_output_turns_and_the_choice_is_no_worse_than_even),
+        cmocka_unit_test(the_hull_is_the_least_concave_curve_above_the_sums),
+        cmocka_unit_test(lukvs_tables_drop_their_ratio_and_fall_with_it),
         cmocka_unit_test(threads_do_not_show_and_bad_wishes_are_refused),
     };
     return cmocka_run_group_tests_name("profile", tests, setup, teardown);

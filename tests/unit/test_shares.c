@@ -144,6 +144,29 @@ static void sensitivity_is_its_formula_where_no_bound_bites(void **state)
     }
 }
 
+/* The row that is nearest to what is dropped, of tables that say their own number. */
+static void lukv_takes_the_table_of_its_ratio(void **state)
+{
+    (void)state;
+    kvs_rng rng = {16};
+    static double tables[99 * HEADS];
+    for (uint32_t t = 0; t < 99; t++)
+        for (uint32_t h = 0; h < HEADS; h++)
+            tables[t * HEADS + h] = h == t % HEADS ? 0 : 0.5;
+    for (int round = 0; round < 200; round++) {
+        fill(&rng, true);
+        profile.heads = tables;
+        profile.n_tables = 99;
+        const double dropped = 1 - (double)n_even[0] / n_slots[0];
+        const uint32_t row = (uint32_t)fmax(fmin(nearbyint(100 * dropped) - 1, 98), 0);
+        allocate("lukv");
+        const double most = (double)n_even[0] * HEADS / (0.5 * (HEADS - 1) + 1);
+        for (uint32_t h = 0; h < HEADS && most < n_slots[0]; h++)
+            assert_true(fabs(n_keep[h] - (h == row % HEADS ? most : most / 2)) <= 1);
+        assert_int_equal(sum(n_keep), sum(n_even));
+    }
+}
+
 /* ---- by similarity ---------------------------------------------------------------------------------------------- */
 
 /* The best three groups of all 3^L assignments; in the third is the layer with the highest similarity. */
@@ -588,6 +611,7 @@ int main(void)
         cmocka_unit_test(shares_by_weight_are_in_proportion_and_sum_to_the_even_ones),
         cmocka_unit_test(equal_weights_give_the_even_shares),
         cmocka_unit_test(sensitivity_is_its_formula_where_no_bound_bites),
+        cmocka_unit_test(lukv_takes_the_table_of_its_ratio),
         cmocka_unit_test(squeeze_takes_from_the_least_important_of_the_best_three_groups),
         cmocka_unit_test(streaming_heads_keep_sinks_and_recent_and_the_others_what_that_leaves),
         cmocka_unit_test(a_bad_profile_is_refused_with_what_is_wrong),
