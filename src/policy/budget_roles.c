@@ -34,7 +34,7 @@ static uint32_t rank_of(const double *score, uint32_t n, uint32_t head)
 {
     uint32_t before = 0;
     for (uint32_t h = 0; h < n; h++)
-        before += score[h] < score[head] || (score[h] == score[head] && h < head);
+        before += score[h] < score[head] || (h < head && score[h] == score[head]);
     return before;
 }
 
@@ -58,7 +58,7 @@ static uint32_t stream(const double *params, const kvs_budget_view *v, uint32_t 
     const uint32_t keep = kvs_min_u32(n_most, sinks + (uint32_t)params[2]);
     float *const scores = v->scores + head * v->stride;
     for (uint32_t i = 0; i < n; i++)
-        if (scores[i] != __builtin_inff() && (i < sinks || n - i <= (uint32_t)params[2]))
+        if ((i < sinks || n - i <= (uint32_t)params[2]) && scores[i] != __builtin_inff())
             scores[i] = i < sinks ? SINK : RECENT;
     return kvs_max_u32(keep, kvs_min_u32(n, v->n_protected[head]));
 }
