@@ -334,6 +334,8 @@ static void policy_without_need_changes_results(void **state)
         kvs_policy_info info;
         for (uint32_t p = 0; kvs_policy_get_info(p, &info); p++)
             for (uint32_t i = 0; i < 5; i++) {
+                if (strstr(info.doc, "needs file=") != NULL)
+                    continue; /* test_shares.c has them */
                 if (i == 4 && strstr(info.stages, "(shared)") == NULL)
                     continue; /* recompute wants one keep set for all heads */
                 if ((p + i + (uint32_t)a) % 5 > 1)
