@@ -52,6 +52,9 @@ typedef struct kvs_cli_args {
     /* eval */
     const char *text, *dialogue, *ref, *dump_logits, *dump_keep, *needle;
     uint32_t index, ref_window;
+    /* profile */
+    kvs_cli_list texts;
+    uint32_t text_tokens, block_tokens;
     /* speed */
     kvs_cli_numbers depths;
     uint32_t prompt_tokens, gen_tokens, repeats, n_sessions;
@@ -247,5 +250,6 @@ int kvs_cmd_compare(const kvs_cli_args *args);
 int kvs_cmd_policies(const kvs_cli_args *args);
 int kvs_cmd_inspect(const kvs_cli_args *args);
 int kvs_cmd_doctor(const kvs_cli_args *args);
+int kvs_cmd_profile(const kvs_cli_args *args);
 
 #endif

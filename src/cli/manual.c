@@ -55,7 +55,7 @@ static void option_heading(const kvs_cli_option *option, char *text, size_t cap_
 
 static bool repeatable(const kvs_cli_command *command, const kvs_cli_option *option)
 {
-    return option->kind == KVS_CLI_LIST && strcmp(command->name, "bench") == 0;
+    return option->kind == KVS_CLI_LIST && (strcmp(command->name, "bench") == 0 || strcmp(option->name, "text") == 0);
 }
 
 void kvs_cli_print_help(const kvs_cli_command *command, FILE *out)

@@ -19,9 +19,10 @@ enum {
     POLICIES = 1u << 7,
     INSPECT = 1u << 8,
     DOCTOR = 1u << 9,
+    PROFILE = 1u << 10,
     SESSIONS = RUN | CHAT | EVAL | BENCH, /* commands that hold a session under a policy */
-    MODELS = SESSIONS | SPEED | DOCTOR,
-    ALL = (1u << 10) - 1
+    MODELS = SESSIONS | SPEED | DOCTOR | PROFILE,
+    ALL = (1u << 11) - 1
 };
 
 #define SPEC_TEXT                                                                                                      \
@@ -89,6 +90,19 @@ const kvs_cli_command kvs_cli_commands[] = {
     {"doctor", "", "check the machine, the model and the libraries, and say what would be slow and why",
      "Exits with 1 if something is missing without which Kvasir cannot run.", "kvasir doctor\tcheck this machine\n", 0,
      0, kvs_cmd_doctor},
+    {"profile", "KIND", "measure a model's heads and layers on texts, for policies that read a profile",
+     "Runs the texts and writes a JSON file that budget stages take as file=FILE (docs/policies.md). KIND is baklava "
+     "(a "
+     "share for each KV head, searched for --budget; of several texts the last is not used but told), sensitivity (how "
+     "much a layer's keys change without the far context, EpiCache), duo (which heads look far back, without training) "
+     "or "
+     "kvzip-head (which heads a repetition needs) or lukv (what heads should drop, at 99 ratios). The file belongs to "
+     "this model. Default arithmetic f32.",
+     "kvasir profile duo --text book.txt -o duo.json\tthen: --policy duo:file=duo.json\n"
+     "kvasir profile baklava --text a.txt --text b.txt --text held-out.txt --tokens 2048 --budget 512tok -o "
+     "b.json\tshares "
+     "for 512 slots a head\n",
+     1, 1, kvs_cmd_profile},
 };
 const uint32_t kvs_cli_n_commands = sizeof kvs_cli_commands / sizeof kvs_cli_commands[0];
 _Static_assert(1u << (sizeof kvs_cli_commands / sizeof kvs_cli_commands[0]) == ALL + 1u, "a bit for every command");
@@ -106,6 +120,12 @@ static const char *const position_choices[] = {"rollback", "keep", "rerotate", "
 const kvs_cli_option kvs_cli_options[] = {
     {"model", 'm', KVS_CLI_FILE, AT(model), MODELS, "FILE", "GGUF model; default $KVASIR_MODEL, else the one set up",
      NULL, 0, 0},
+    {"text", 0, KVS_CLI_LIST, AT(texts), PROFILE, "FILE", "plain text to measure on (- is stdin)", NULL, 0, 0},
+    {"out", 'o', KVS_CLI_FILE, AT(out), PROFILE, "FILE.json", "where the profile goes", NULL, 0, 0},
+    {"tokens", 0, KVS_CLI_U32, AT(text_tokens), PROFILE, "N", "tokens of each text at most; default the model's window",
+     NULL, 2, 1e8},
+    {"block", 0, KVS_CLI_U32, AT(block_tokens), PROFILE, "N",
+     "sensitivity: tokens of a block; default 4096, or a quarter of the shortest text", NULL, 1, 1e8},
     {"text", 0, KVS_CLI_FILE, AT(text), EVAL, "FILE", "plain text to feed (- is stdin)", NULL, 0, 0},
     {"dialogue", 0, KVS_CLI_FILE, AT(dialogue), EVAL, "FILE", "messages in JSON or JSON lines", NULL, 0, 0},
     {"index", 0, KVS_CLI_U32, AT(index), EVAL, "N", "which dialogue of the file, from 0; default 0", NULL, 0, 1e9},
@@ -138,8 +158,9 @@ const kvs_cli_option kvs_cli_options[] = {
      "also let each policy answer for itself, as the paper did", NULL, 0, 0},
     {"policy", 0, KVS_CLI_LIST, AT(policies), SESSIONS | SPEED, "SPEC",
      "cache policy; default baseline (chat: streaming)", NULL, 0, 0},
-    {"budget", 0, KVS_CLI_LIST, AT(budgets), SESSIONS | SPEED, "SIZE",
-     "hard cap of the cache; default the model's window (speed: what the depth needs)", NULL, 0, 0},
+    {"budget", 0, KVS_CLI_LIST, AT(budgets), SESSIONS | SPEED | PROFILE, "SIZE",
+     "hard cap of the cache; default the model's window (speed: what the depth needs; profile: a quarter of the text)",
+     NULL, 0, 0},
     {"position", 0, KVS_CLI_LIST, AT(positions), SESSIONS | SPEED, "MODE",
      "rollback, keep, rerotate, gapcap:G or recompute; default the policy's own", position_choices, 0, 0},
     {"steer", 0, KVS_CLI_STRING, AT(steer), RUN, "SPEC",
@@ -164,8 +185,8 @@ const kvs_cli_option kvs_cli_options[] = {
      0, 0},
     {"kv-type", 0, KVS_CLI_CHOICE, AT(kv_type), SESSIONS | SPEED, "TYPE", "type of cached keys and values; default f16",
      kv_type_choices, 0, 0},
-    {"arith", 0, KVS_CLI_CHOICE, AT(arith), SESSIONS | SPEED, "HOW",
-     "native integer products, or f32; default native (eval, bench: f32)", arith_choices, 0, 0},
+    {"arith", 0, KVS_CLI_CHOICE, AT(arith), SESSIONS | SPEED | PROFILE, "HOW",
+     "native integer products, or f32; default native (eval, bench, profile: f32)", arith_choices, 0, 0},
     {"seed", 0, KVS_CLI_U64, AT(seed), SESSIONS | SPEED, "N", "seed of everything random; default 0", NULL, 0, 0},
     {"depth", 0, KVS_CLI_NUMBERS, AT(depths), SPEED, "N,...", "depths to measure; default 512,2048,4096", NULL, 1, 1e8},
     {"prompt", 0, KVS_CLI_U32, AT(prompt_tokens), SPEED, "N",

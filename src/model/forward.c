@@ -283,6 +283,12 @@ static void copy_hidden(const kvs_forward *f, const kvs_forward_wishes *wishes, 
         memcpy(wishes->taps[i].out + layer * n_embd, f->x + wishes->taps[i].row * n_embd, n_embd * sizeof(float));
 }
 
+static void look(kvs_forward *f, uint32_t layer, uint32_t n_rows, kvs_forward_point point)
+{
+    if (f->watch.fn != NULL)
+        f->watch.fn(f->watch.ctx, f, layer, n_rows, point);
+}
+
 void kvs_forward_rows(kvs_forward *f, kvs_arith arith, const int32_t *tokens, uint32_t n_rows, kvs_attend_hook attend,
                       void *ctx, const kvs_forward_wishes *wishes)
 {
@@ -301,8 +307,11 @@ void kvs_forward_rows(kvs_forward *f, kvs_arith arith, const int32_t *tokens, ui
 
         const kvs_weight *const qkv[] = {&p->q, &p->k, &p->v};
         joined_product(f, arith, &l->qkv, qkv, 3, f->qkv, qkv_width, n_rows);
+        look(f, layer, n_rows, KVS_FORWARD_QKV);
         attend(ctx, f, layer, n_rows);
+        look(f, layer, n_rows, KVS_FORWARD_ATT);
         product(f, arith, &l->attn_out, f->att, att_width, f->norm, i->n_embd, n_rows);
+        look(f, layer, n_rows, KVS_FORWARD_MIX);
         over_rows(f, ROW_ADD_NORM, l->ffn_norm, f->norm, n_rows, NULL);
 
         if (ffn.rules == NULL)

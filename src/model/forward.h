@@ -12,6 +12,21 @@ enum {
     KVS_LOGIT_ROWS_MAX = 32, /* rows whose logits are held at once: 6 MiB at 49,152 tokens */
 };
 
+struct kvs_forward;
+
+/* Where activations can be looked at, once a layer each. */
+typedef enum kvs_forward_point {
+    KVS_FORWARD_QKV, /* f->qkv, before attention rotates queries and keys in place */
+    KVS_FORWARD_ATT, /* f->att, and f->qkv as attention left it */
+    KVS_FORWARD_MIX, /* f->norm is what attention will add to the residual stream f->x */
+} kvs_forward_point;
+
+/* Looks only. fn NULL: nobody does. */
+typedef struct kvs_forward_watch {
+    void (*fn)(void *ctx, struct kvs_forward *f, uint32_t layer, uint32_t n_rows, kvs_forward_point point);
+    void *ctx;
+} kvs_forward_watch;
+
 typedef struct kvs_forward {
     kvs_model *model;
     pthread_mutex_t lock; /* held for a whole step */
@@ -30,6 +45,7 @@ typedef struct kvs_forward {
     void *attn_scratch; /* [n_threads + 1][attn_scratch_bytes]; grown when a session is created */
     size_t attn_scratch_bytes;
     uint64_t bytes; /* all of the above */
+    kvs_forward_watch watch;
 } kvs_forward;
 
 /* ENOMEM leaves nothing behind. */

@@ -94,3 +94,30 @@ const kvs_policy_ops kvs_policy_expected_attention = {
     .score = score,
     .work_of = work_of,
 };
+
+static const kvs_param_info lukv_params_info[] = {
+    {"future", "positions over which rotations are averaged", 512, 1, 1048576},
+    {"sinks", "first tokens, which stay", 4, 0, 4096},
+    {"covariance", "0: the mean query alone", 1, 0, 1},
+    {"vnorm", "0: without the values' norms", 1, 0, 1},
+    {"epsilon", "added to the attention before it meets the norm", 0.02, 0, 1},
+};
+
+/* kvpress's LUKVPress over expected attention (arXiv:2602.08585): shares by a table, budget_lukv.c. */
+const kvs_policy_ops kvs_policy_lukv = {
+    .abi = KVS_POLICY_ABI,
+    .name = "lukv",
+    .doc = "expected_attention with as much in each head as a table says; needs file=PATH",
+    .source = "arXiv:2602.08585",
+    .exactness = "exact in proportion with +protect=recent:1; our tables are reconstructed",
+    .schedule = "full",
+    .position = "keep",
+    .budget = "lukv",
+    .scope = KVS_SCOPE_HEAD,
+    .needs = KVS_POLICY_NEEDS_KEYS | KVS_POLICY_NEEDS_QUERY_STATS,
+    .needs_of = needs_of,
+    .params = lukv_params_info,
+    .n_params = 5,
+    .score = score,
+    .work_of = work_of,
+};

@@ -4,6 +4,7 @@
 
 #include "base/base.h"
 #include "kvasir_policy.h"
+#include "policy/profile.h"
 
 typedef enum kvs_schedule_kind {
     KVS_SCHEDULE_FULL = 0,      /* the next token would not fit */
@@ -69,15 +70,21 @@ typedef struct kvs_probe_ops {
 typedef struct kvs_budget_view {
     uint32_t n_layers, n_kv_heads;
     const uint32_t *n_slots, *n_protected, *n_even; /* held, hard-protected, and kept if all heads were equal */
-    const float *scores;                            /* [head][stride]; hard-protected slots are +inf */
+    float *scores; /* [head][stride]; hard-protected slots are +inf; a stage may raise what a head has to keep */
     size_t stride;
     uint32_t *keys; /* [heads * stride] scratch */
+    /* [n_layers] mean cosine of the hidden state before and after attention, over the rows said; NULL unless asked, and
+     * before the first row. */
+    const double *similarity;
+    const kvs_profile *profile; /* of the file that the spec names; NULL unless asked */
 } kvs_budget_view;
 typedef struct kvs_budget_ops {
     kvs_choice_info info;
-    kvs_policy_scope scope; /* the finest sets it can share out to: KVS_SCOPE_LAYER keeps a layer's heads equal */
-    bool by_score;          /* shares out by scores: of no use where every head has the same */
-    uint32_t share_max;     /* even shares that one head can get; 0: as many as a layer has KV heads */
+    kvs_policy_scope scope;       /* the finest sets it can share out to: KVS_SCOPE_LAYER keeps a layer's heads equal */
+    bool by_score;                /* shares out by scores: of no use where every head has the same */
+    uint32_t share_max;           /* even shares that one head can get; 0: as many as a layer has KV heads */
+    bool similarity;              /* view->similarity has to be there */
+    const kvs_profile_want *file; /* takes file=PATH, and needs it; NULL: none */
     uint32_t (*recent_of)(const double *params); /* newest tokens that it protects; NULL: 0 */
     void (*allocate)(const double *params, const kvs_budget_view *view, uint32_t *n_keep);
 } kvs_budget_ops;
@@ -112,6 +119,8 @@ typedef struct kvs_dispose_ops {
     size_t (*work_of)(const double *params, uint32_t n_slots, uint32_t head_dim);
 } kvs_dispose_ops;
 
+enum { KVS_POLICY_FILE_BYTES = 401, KVS_POLICY_HASH_BYTES = 17 };
+
 typedef struct kvs_policy {
     const kvs_policy_ops *ops;
     double params[KVS_POLICY_PARAMS_MAX]; /* of the preset, then the keep share (0: none) */
@@ -123,6 +132,8 @@ typedef struct kvs_policy {
     double probe_params[KVS_POLICY_PARAMS_MAX], rescore_params[KVS_POLICY_PARAMS_MAX],
         budget_params[KVS_POLICY_PARAMS_MAX], select_params[KVS_POLICY_PARAMS_MAX],
         dispose_params[KVS_POLICY_PARAMS_MAX];
+    char budget_file[KVS_POLICY_FILE_BYTES]; /* what file= says; empty: nothing */
+    char budget_hash[KVS_POLICY_HASH_BYTES]; /* first digits of its sha256: what hash= says, or what was read */
     kvs_schedule_kind schedule;
     uint64_t schedule_value; /* bytes, tokens or n */
     double keep_ratio;       /* > 0: share of what is there */
@@ -155,6 +166,10 @@ uint32_t kvs_policy_target(const kvs_policy *p, const kvs_policy_view *view, uin
 /* The same once the set's scores are known. */
 uint32_t kvs_policy_target_scored(const kvs_policy *p, const kvs_policy_view *view, const float *scores,
                                   uint32_t n_full);
+
+/* Notes the sha256 of the budget stage's file, so that the text names it. EINVAL: the spec has another hash, or the text
+ * gets too long. */
+kvs_status kvs_policy_set_hash(kvs_policy *p, const char *sha256, kvs_error *err);
 
 /* As kvs_policy_parse, of a preset that need not be in the registry; tail: what follows its name in a spec. */
 kvs_status kvs_policy_parse_tail(const kvs_policy_ops *ops, const char *tail, const char *position, bool paper_compat,
@@ -225,6 +240,8 @@ void kvs_window_max(const kvs_policy_view *view, float *out);
 uint32_t kvs_window_slots(const kvs_policy_view *view);
 /* a b over n, in eight partial sums (i mod 8) folded 4+4, 2+2, 1+1. */
 float kvs_dot(const float *a, const float *b, uint32_t n);
+/* StreamingLLM's: slots of the first n_sinks tokens, then the newest (arXiv:2309.17453). */
+void kvs_score_streaming(uint32_t n_sinks, const kvs_policy_view *view, float *scores);
 /* R-KV's redundancy (arXiv:2505.24133): out [n_slots] sums to 1, larger for a key that many others are like. Softmax of each key's mean cosine to
  * all others, where every key leaves out the newest one that it is more alike to than threshold: of copies the last counts as no copy.
  * Needs keys; work: kvs_key_redundancy_work() f32. */

@@ -55,7 +55,13 @@
     X(qfilter)                                                                                                         \
     X(cascading)                                                                                                       \
     X(hae)                                                                                                             \
-    X(elastic)
+    X(elastic)                                                                                                         \
+    X(squeezeattention)                                                                                                \
+    X(baklava)                                                                                                         \
+    X(duo)                                                                                                             \
+    X(prulong)                                                                                                         \
+    X(kvzip_head)                                                                                                      \
+    X(lukv)
 
 #define KVS_PROBES(X)                                                                                                  \
     X(repeat)                                                                                                          \
@@ -75,7 +81,13 @@
     X(global)                                                                                                          \
     X(composite)                                                                                                       \
     X(skip)                                                                                                            \
-    X(threshold)
+    X(threshold)                                                                                                       \
+    X(squeeze)                                                                                                         \
+    X(baklava)                                                                                                         \
+    X(sensitivity)                                                                                                     \
+    X(layers)                                                                                                          \
+    X(roles)                                                                                                           \
+    X(lukv)
 
 #define KVS_SELECTS(X)                                                                                                 \
     X(chunk)                                                                                                           \

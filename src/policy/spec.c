@@ -139,16 +139,36 @@ typedef struct param_target {
     uint32_t n_params;
     double *values;
     kvs_policy *keep_of; /* takes keep=...; NULL: keep is no parameter here */
+    kvs_policy *file_of; /* takes file=... and hash=... for its budget stage; NULL: it reads none */
 } param_target;
+
+/* The file of the budget stage, and the first digits of its sha256. */
+static kvs_status parse_file(const char *name, const char *value, const param_target *t, kvs_error *err)
+{
+    kvs_policy *const p = t->file_of;
+    const bool hash = strcmp(name, "hash") == 0;
+    const size_t n = strlen(value);
+    if (hash && (n != KVS_POLICY_HASH_BYTES - 1 || strspn(value, "0123456789abcdef") != n))
+        return kvs_error_set(err, KVS_EINVAL, "%s: hash '%.60s' must be the first %d hex digits of the file's sha256",
+                             t->name, value, KVS_POLICY_HASH_BYTES - 1);
+    if (n == 0)
+        return kvs_error_set(err, KVS_EINVAL, "%s: file= needs a path, without blank, comma and plus", t->name);
+    memcpy(hash ? p->budget_hash : p->budget_file, value, n + 1);
+    return KVS_OK;
+}
 
 static kvs_status parse_param(const char *name, const char *value, const param_target *t, kvs_error *err)
 {
     if (t->keep_of != NULL && strcmp(name, "keep") == 0)
         return parse_keep(value, t->keep_of, err);
-    const char *known[KVS_POLICY_PARAMS_MAX + 1];
+    if (t->file_of != NULL && (strcmp(name, "file") == 0 || strcmp(name, "hash") == 0))
+        return parse_file(name, value, t, err);
+    const char *known[KVS_POLICY_PARAMS_MAX + 2];
     uint32_t n = 0;
     if (t->keep_of != NULL)
         known[n++] = "keep";
+    if (t->file_of != NULL)
+        known[n++] = "file";
     for (uint32_t i = 0; i < t->n_params; i++) {
         known[n++] = t->params[i].name;
         if (strcmp(t->params[i].name, name) != 0)
@@ -297,7 +317,7 @@ static const kvs_choice_info *dispose_info(uint32_t i)
 
 /* `choice[:name=value,...]` of the list that `at` walks: its index, or UINT32_MAX for the word that means none. */
 static kvs_status parse_choice(const char *stage, const char *none, const kvs_choice_info *(*at)(uint32_t),
-                               const char *text, uint32_t *index, double *values, kvs_error *err)
+                               const char *text, uint32_t *index, double *values, kvs_policy *file_of, kvs_error *err)
 {
     word name;
     const char *args = next_word(text, ":", &name);
@@ -315,7 +335,9 @@ static kvs_status parse_choice(const char *stage, const char *none, const kvs_ch
         *index = i;
         for (uint32_t k = 0; k < info->n_params; k++)
             values[k] = info->params[k].value;
-        const param_target target = {info->name, info->params, info->n_params, values, NULL};
+        const bool takes_file = file_of != NULL && kvs_budget_at(i)->file != NULL;
+        const param_target target = {info->name, info->params, info->n_params,
+                                     values,     NULL,         takes_file ? file_of : NULL};
         return *args == '\0' ? KVS_OK : parse_params(args + 1, &target, err);
     }
     return unknown(err, stage, name.text, known, n);
@@ -324,7 +346,7 @@ static kvs_status parse_choice(const char *stage, const char *none, const kvs_ch
 static kvs_status parse_probe(const char *text, kvs_policy *p, kvs_error *err)
 {
     uint32_t i;
-    KVS_TRY(parse_choice("probe", no_probe.name, probe_info, text, &i, p->probe_params, err));
+    KVS_TRY(parse_choice("probe", no_probe.name, probe_info, text, &i, p->probe_params, NULL, err));
     p->probe = i == UINT32_MAX ? NULL : kvs_probe_at(i);
     return KVS_OK;
 }
@@ -332,7 +354,7 @@ static kvs_status parse_probe(const char *text, kvs_policy *p, kvs_error *err)
 static kvs_status parse_rescore(const char *text, kvs_policy *p, kvs_error *err)
 {
     uint32_t i;
-    KVS_TRY(parse_choice("rescore", no_rescore.name, rescore_info, text, &i, p->rescore_params, err));
+    KVS_TRY(parse_choice("rescore", no_rescore.name, rescore_info, text, &i, p->rescore_params, NULL, err));
     p->rescore = i == UINT32_MAX ? NULL : kvs_rescore_at(i);
     return KVS_OK;
 }
@@ -340,7 +362,8 @@ static kvs_status parse_rescore(const char *text, kvs_policy *p, kvs_error *err)
 static kvs_status parse_budget(const char *text, kvs_policy *p, kvs_error *err)
 {
     uint32_t i;
-    KVS_TRY(parse_choice("budget", no_budget.name, budget_info, text, &i, p->budget_params, err));
+    p->budget_file[0] = p->budget_hash[0] = '\0';
+    KVS_TRY(parse_choice("budget", no_budget.name, budget_info, text, &i, p->budget_params, p, err));
     p->budget = i == UINT32_MAX ? NULL : kvs_budget_at(i);
     return KVS_OK;
 }
@@ -348,7 +371,7 @@ static kvs_status parse_budget(const char *text, kvs_policy *p, kvs_error *err)
 static kvs_status parse_select(const char *text, kvs_policy *p, kvs_error *err)
 {
     uint32_t i;
-    KVS_TRY(parse_choice("select", no_select.name, select_info, text, &i, p->select_params, err));
+    KVS_TRY(parse_choice("select", no_select.name, select_info, text, &i, p->select_params, NULL, err));
     p->select = i == UINT32_MAX ? NULL : kvs_select_at(i);
     return KVS_OK;
 }
@@ -356,7 +379,7 @@ static kvs_status parse_select(const char *text, kvs_policy *p, kvs_error *err)
 static kvs_status parse_dispose(const char *text, kvs_policy *p, kvs_error *err)
 {
     uint32_t i;
-    KVS_TRY(parse_choice("dispose", no_dispose.name, dispose_info, text, &i, p->dispose_params, err));
+    KVS_TRY(parse_choice("dispose", no_dispose.name, dispose_info, text, &i, p->dispose_params, NULL, err));
     p->dispose = i == UINT32_MAX ? NULL : kvs_dispose_at(i);
     return KVS_OK;
 }
@@ -399,13 +422,21 @@ static const char *number(double x, char buf[32])
 }
 
 static char *write_choice(char *at, const char *end, const char *stage, const kvs_choice_info *info,
-                          const double *values)
+                          const double *values, const kvs_policy *file_of)
 {
-    char digits[32];
+    char digits[32], separator = ':';
 #define WRITE(...) at += (at < end ? snprintf(at, (size_t)(end - at), __VA_ARGS__) : 0)
     WRITE(" +%s=%s", stage, info->name);
-    for (uint32_t i = 0; i < info->n_params; i++)
-        WRITE("%c%s=%s", i == 0 ? ':' : ',', info->params[i].name, number(values[i], digits));
+    if (file_of != NULL && file_of->budget_file[0] != '\0') {
+        WRITE(":file=%s", file_of->budget_file);
+        separator = ',';
+    }
+    if (file_of != NULL && file_of->budget_hash[0] != '\0') {
+        WRITE("%chash=%s", separator, file_of->budget_hash);
+        separator = ',';
+    }
+    for (uint32_t i = 0; i < info->n_params; i++, separator = ',')
+        WRITE("%c%s=%s", separator, info->params[i].name, number(values[i], digits));
 #undef WRITE
     return at;
 }
@@ -425,15 +456,17 @@ static void write_text(kvs_policy *p)
         WRITE("%ckeep=%s", separator, number(p->keep_ratio, digits));
     /* "none" where the preset has a choice of its own and this one took it away. */
     if (p->probe != NULL || p->ops->probe != NULL)
-        at = write_choice(at, end, "probe", p->probe == NULL ? &no_probe : &p->probe->info, p->probe_params);
+        at = write_choice(at, end, "probe", p->probe == NULL ? &no_probe : &p->probe->info, p->probe_params, NULL);
     if (p->rescore != NULL || p->ops->rescore != NULL)
-        at = write_choice(at, end, "rescore", p->rescore == NULL ? &no_rescore : &p->rescore->info, p->rescore_params);
+        at = write_choice(at, end, "rescore", p->rescore == NULL ? &no_rescore : &p->rescore->info, p->rescore_params,
+                          NULL);
     if (p->budget != NULL || p->ops->budget != NULL)
-        at = write_choice(at, end, "budget", p->budget == NULL ? &no_budget : &p->budget->info, p->budget_params);
+        at = write_choice(at, end, "budget", p->budget == NULL ? &no_budget : &p->budget->info, p->budget_params, p);
     if (p->select != NULL || p->ops->select != NULL)
-        at = write_choice(at, end, "select", p->select == NULL ? &no_select : &p->select->info, p->select_params);
+        at = write_choice(at, end, "select", p->select == NULL ? &no_select : &p->select->info, p->select_params, NULL);
     if (p->dispose != NULL || p->ops->dispose != NULL)
-        at = write_choice(at, end, "dispose", p->dispose == NULL ? &no_dispose : &p->dispose->info, p->dispose_params);
+        at = write_choice(at, end, "dispose", p->dispose == NULL ? &no_dispose : &p->dispose->info, p->dispose_params,
+                          NULL);
     WRITE(" +schedule=%s", schedule_names[p->schedule]);
     if (p->schedule_value != 0)
         WRITE(":%s%llu%s", p->schedule == KVS_SCHEDULE_ONCE ? "at=" : "", (unsigned long long)p->schedule_value,
@@ -689,6 +722,19 @@ static kvs_status check_length(size_t n, kvs_error *err)
                                                n, SPEC_BYTES_MAX);
 }
 
+/* The text with all values filled in is a spec too: a long path may make it longer than one may be. */
+static kvs_status check_echo(const kvs_policy *p, kvs_error *err)
+{
+    const size_t n = strlen(p->text) + (p->budget_hash[0] == '\0' ? strlen(",hash=") + KVS_POLICY_HASH_BYTES - 1 : 0);
+    return n <= SPEC_BYTES_MAX
+               ? KVS_OK
+               : kvs_error_set(
+                     err, KVS_EINVAL,
+                     "policy spec with all values filled in has %zu characters, %d at most: use a shorter path "
+                     "than the %zu of file=",
+                     n, SPEC_BYTES_MAX, strlen(p->budget_file));
+}
+
 kvs_status kvs_policy_parse(const char *spec, const char *position, bool paper_compat, kvs_policy *out, kvs_error *err)
 {
     KVS_TRY(check_length(strlen(spec), err));
@@ -732,7 +778,9 @@ kvs_status kvs_policy_parse_tail(const kvs_policy_ops *ops, const char *tail, co
     if (*tail == ':') {
         word value;
         tail = next_word(tail + 1, "+" SPACE, &value);
-        const param_target target = {p.ops->name, p.ops->params, p.ops->n_params, p.params, &p};
+        /* A preset whose own budget stage reads a file takes its path itself, as duo:file=PATH. */
+        const bool takes_file = p.budget != NULL && p.budget->file != NULL;
+        const param_target target = {p.ops->name, p.ops->params, p.ops->n_params, p.params, &p, takes_file ? &p : NULL};
         KVS_TRY(parse_params(value.text, &target, err));
     }
     KVS_TRY(parse_stages(tail, &p, err));
@@ -745,8 +793,23 @@ kvs_status kvs_policy_parse_tail(const kvs_policy_ops *ops, const char *tail, co
     KVS_TRY(check_stages(&p, err));
     KVS_TRY(check_recompute(&p, err));
     write_text(&p);
+    if (p.budget_file[0] != '\0')
+        KVS_TRY(check_echo(&p, err));
     *out = p;
     return KVS_OK;
+}
+
+kvs_status kvs_policy_set_hash(kvs_policy *p, const char *sha256, kvs_error *err)
+{
+    char hash[KVS_POLICY_HASH_BYTES];
+    snprintf(hash, sizeof hash, "%.*s", KVS_POLICY_HASH_BYTES - 1, sha256);
+    if (p->budget_hash[0] != '\0' && strcmp(p->budget_hash, hash) != 0)
+        return kvs_error_set(err, KVS_EINVAL,
+                             "profile %.200s is not the one that was meant: its sha256 begins with %s, not %s",
+                             p->budget_file, hash, p->budget_hash);
+    memcpy(p->budget_hash, hash, sizeof hash);
+    write_text(p);
+    return check_echo(p, err);
 }
 
 /* ---- what the session asks ---- */

@@ -7,11 +7,15 @@ static const kvs_param_info params_info[] = {
     {"sinks", "tokens kept at the start", 4, 0, 1e6},
 };
 
+void kvs_score_streaming(uint32_t n_sinks, const kvs_policy_view *view, float *scores)
+{
+    for (uint32_t i = 0; i < view->n_slots; i++)
+        scores[i] = view->pos[i] < (int32_t)n_sinks ? 2e9f : (float)i;
+}
+
 static void score(const double *params, const kvs_policy_view *view, float *scores)
 {
-    const int32_t n_sinks = (int32_t)params[0];
-    for (uint32_t i = 0; i < view->n_slots; i++)
-        scores[i] = view->pos[i] < n_sinks ? 2e9f : (float)i;
+    kvs_score_streaming((uint32_t)params[0], view, scores);
 }
 
 const kvs_policy_ops kvs_policy_streaming = {

@@ -97,7 +97,8 @@ static size_t carve_all(kvs_session *s, uint8_t *base)
     e->threads = carve(&c, e->n_threads, sizeof *e->threads);
     for (uint32_t i = 0; i < e->n_threads; i++)
         carve_thread(&c, s, base == NULL ? &nowhere : &e->threads[i]);
-    e->scores = carve(&c, (kvs_policy_needs(&s->policy) == 0 ? 1 : heads) * e->stride, sizeof *e->scores);
+    /* One head speaks for all only while all hold the same: a fork may begin otherwise, a budget stage makes it so. */
+    e->scores = carve(&c, (s->policy.ops->never_evicts ? 1 : heads) * e->stride, sizeof *e->scores);
     e->keep = carve(&c, heads * n, sizeof *e->keep);
     if (kvs_policy_needs(&s->policy) & KVS_POLICY_NEEDS_CARRY)
         e->carry = carve(&c, heads * n, sizeof *e->carry);
@@ -443,6 +444,8 @@ static kvs_status share_out(eviction *x)
         .scores = e->scores,
         .stride = e->stride,
         .keys = e->keys,
+        .similarity = kvs_query_log_mixed(&x->s->queries),
+        .profile = x->s->profile.block == NULL ? NULL : &x->s->profile,
     };
     p->budget->allocate(p->budget_params, &view, e->n_keep);
     bound_shares(x);

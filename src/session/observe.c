@@ -35,11 +35,14 @@ kvs_status kvs_query_log_create(kvs_query_log *log, const kvs_allocator *a, uint
     if (ok && stats)
         ok = (log->sum = kvs_alloc(a, sums, sizeof *log->sum)) != NULL &&
              (log->square = kvs_alloc(a, sums * log->head_dim, sizeof *log->square)) != NULL;
+    if (ok && log->mixes)
+        ok = (log->mixed = kvs_alloc(a, 2 * (size_t)log->n_layers, sizeof *log->mixed)) != NULL;
     if (!ok) {
         kvs_query_log_free(log, a);
         return kvs_error_set(err, KVS_ENOMEM, "no memory to remember queries of %u rows", n_rows);
     }
-    log->bytes = n_row_floats(log) * sizeof *log->rows + n_sums(log) * (1 + log->head_dim) * sizeof *log->sum;
+    log->bytes = n_row_floats(log) * sizeof *log->rows + n_sums(log) * (1 + log->head_dim) * sizeof *log->sum +
+                 (log->mixes ? 2 * (size_t)log->n_layers * sizeof *log->mixed : 0);
     return KVS_OK;
 }
 
@@ -48,6 +51,7 @@ void kvs_query_log_free(kvs_query_log *log, const kvs_allocator *a)
     kvs_free(a, log->rows);
     kvs_free(a, log->sum);
     kvs_free(a, log->square);
+    kvs_free(a, log->mixed);
     *log = (kvs_query_log){0};
 }
 
@@ -105,8 +109,24 @@ void kvs_query_log_count(kvs_query_log *log, uint32_t layer, uint32_t kv_head, u
     }
 }
 
+void kvs_query_log_mix(kvs_query_log *log, uint32_t layer, double cosine)
+{
+    log->mixed[layer] += cosine;
+}
+
+const double *kvs_query_log_mixed(kvs_query_log *log)
+{
+    if (log->mixed == NULL || log->n_mixed == 0)
+        return NULL;
+    double *const mean = log->mixed + log->n_layers;
+    for (uint32_t l = 0; l < log->n_layers; l++)
+        mean[l] = log->mixed[l] / (double)log->n_mixed;
+    return mean;
+}
+
 void kvs_query_log_advance(kvs_query_log *log, uint64_t n_tokens, uint32_t n)
 {
+    log->n_mixed += log->mixed != NULL ? n : 0;
     log->n_valid = kvs_min_u32(log->n_rows, log->n_valid + n);
     const uint64_t first = n_tokens - n < KVS_QUERY_STATS_SKIP ? KVS_QUERY_STATS_SKIP : n_tokens - n;
     log->n_stats += n_tokens > first ? n_tokens - first : 0;
@@ -133,6 +153,10 @@ void kvs_query_log_copy(kvs_query_log *log, const kvs_query_log *from)
         memcpy(log->sum, from->sum, n_sums(log) * sizeof *log->sum);
         memcpy(log->square, from->square, n_sums(log) * log->head_dim * sizeof *log->square);
         log->n_stats = from->n_stats;
+    }
+    if (log->mixed != NULL && from->mixed != NULL) {
+        memcpy(log->mixed, from->mixed, log->n_layers * sizeof *log->mixed);
+        log->n_mixed = from->n_mixed;
     }
 }
 
@@ -169,7 +193,7 @@ static const uint8_t *get(const uint8_t *at, void *x, size_t n, size_t size)
 
 size_t kvs_query_log_bytes(const kvs_query_log *log)
 {
-    return (size_t)log->bytes + sizeof(uint32_t) + sizeof(uint64_t);
+    return (size_t)log->bytes + sizeof(uint32_t) + sizeof(uint64_t) + (log->mixes ? sizeof(uint64_t) : 0);
 }
 
 void kvs_query_log_save(const kvs_query_log *log, uint8_t *buf)
@@ -178,7 +202,11 @@ void kvs_query_log_save(const kvs_query_log *log, uint8_t *buf)
     buf = put(buf, &log->n_stats, 1, sizeof log->n_stats);
     buf = put(buf, log->rows, n_row_floats(log), sizeof *log->rows);
     buf = put(buf, log->sum, n_sums(log), sizeof *log->sum);
-    put(buf, log->square, n_sums(log) * log->head_dim, sizeof *log->square);
+    buf = put(buf, log->square, n_sums(log) * log->head_dim, sizeof *log->square);
+    if (log->mixes) {
+        buf = put(buf, &log->n_mixed, 1, sizeof log->n_mixed);
+        put(buf, log->mixed, 2 * (size_t)log->n_layers, sizeof *log->mixed);
+    }
 }
 
 void kvs_query_log_load(kvs_query_log *log, const uint8_t *buf)
@@ -187,6 +215,10 @@ void kvs_query_log_load(kvs_query_log *log, const uint8_t *buf)
     buf = get(buf, &log->n_stats, 1, sizeof log->n_stats);
     buf = get(buf, log->rows, n_row_floats(log), sizeof *log->rows);
     buf = get(buf, log->sum, n_sums(log), sizeof *log->sum);
-    get(buf, log->square, n_sums(log) * log->head_dim, sizeof *log->square);
+    buf = get(buf, log->square, n_sums(log) * log->head_dim, sizeof *log->square);
+    if (log->mixes) {
+        buf = get(buf, &log->n_mixed, 1, sizeof log->n_mixed);
+        get(buf, log->mixed, 2 * (size_t)log->n_layers, sizeof *log->mixed);
+    }
     log->n_valid = kvs_min_u32(log->n_valid, log->n_rows);
 }

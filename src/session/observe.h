@@ -1,7 +1,8 @@
 /* What a session remembers of its queries for policies that ask: the newest rows' queries, and the mean and second
  * moment of all. From the former the attention of the newest rows over the slots held now is computed when an eviction
  * asks, so that nothing is stored a row and slot. Queries are kept as they are before rotation: where their tokens
- * stand may change with every eviction. */
+ * stand may change with every eviction. And, where a budget stage asks, how alike each layer's hidden state is before and
+ * after attention. */
 #ifndef KVS_OBSERVE_H
 #define KVS_OBSERVE_H
 
@@ -20,6 +21,9 @@ typedef struct kvs_query_log {
     uint64_t n_stats; /* queries counted in the sums */
     double *sum;      /* [n_layers][n_kv_heads][group][head_dim], or NULL */
     double *square;   /* [...][head_dim][head_dim], lower triangle */
+    bool mixes;       /* asked for: */
+    uint64_t n_mixed; /* rows counted in it */
+    double *mixed;    /* [n_layers] sum of cosines, then [n_layers] their mean; NULL unless asked */
     uint64_t bytes;
 } kvs_query_log;
 
@@ -31,6 +35,10 @@ void kvs_query_log_free(kvs_query_log *log, const kvs_allocator *a);
 void kvs_query_log_write(kvs_query_log *log, uint32_t layer, uint32_t kv_head, uint64_t token_idx, const float *q);
 /* The same into the sums only. */
 void kvs_query_log_count(kvs_query_log *log, uint32_t layer, uint32_t kv_head, uint64_t token_idx, const float *q);
+/* The cosine of a layer's hidden state before and after attention of the next row, rows in the order they were said. */
+void kvs_query_log_mix(kvs_query_log *log, uint32_t layer, double cosine);
+/* [n_layers] means of them, or NULL: not asked for, or no row yet. */
+const double *kvs_query_log_mixed(kvs_query_log *log);
 /* n rows of a probe were written behind what was said. */
 void kvs_query_log_look_ahead(kvs_query_log *log, uint32_t n);
 /* After n rows were run; after truncating to what was n_tokens - n. */

@@ -121,7 +121,8 @@ static kvs_status create_queries(kvs_session *s, kvs_error *err)
     s->queries = (kvs_query_log){.n_layers = i->n_layers,
                                  .n_kv_heads = i->n_kv_heads,
                                  .group = i->n_heads / i->n_kv_heads,
-                                 .head_dim = i->head_dim};
+                                 .head_dim = i->head_dim,
+                                 .mixes = s->policy.budget != NULL && s->policy.budget->similarity};
     return kvs_query_log_create(&s->queries, s->allocator, kvs_policy_window(&s->policy),
                                 (kvs_policy_needs(&s->policy) & KVS_POLICY_NEEDS_QUERY_STATS) != 0, err);
 }
@@ -176,9 +177,27 @@ static kvs_status create_sentences(kvs_session *s, uint32_t n_slots, kvs_error *
     return kvs_sentence_log_create(&s->sentences, s->allocator, n_slots, err);
 }
 
+/* Reads the file that the budget stage needs, unless a fork has its parent's. */
+static kvs_status create_profile(kvs_session *s, kvs_error *err)
+{
+    static pthread_mutex_t hashing = PTHREAD_MUTEX_INITIALIZER; /* kvs_model_sha256 keeps what it found */
+    const kvs_profile_want *want = s->policy.budget == NULL ? NULL : s->policy.budget->file;
+    if (want == NULL || s->profile.block != NULL)
+        return KVS_OK;
+    if (s->policy.budget_file[0] == '\0')
+        return kvs_error_set(err, KVS_EINVAL, "%s: +budget=%s needs file=PATH (%s)", s->policy.ops->name,
+                             s->policy.budget->info.name, want->doc);
+    pthread_mutex_lock(&hashing);
+    const kvs_profile_model model = {kvs_model_sha256(s->model), s->model->info.n_layers, s->model->info.n_kv_heads};
+    pthread_mutex_unlock(&hashing);
+    KVS_TRY(kvs_profile_read(s->policy.budget_file, want, &model, s->allocator, &s->profile, err));
+    return kvs_policy_set_hash(&s->policy, s->profile.sha256, err);
+}
+
 static kvs_status finish_create(kvs_session *s, kvs_error *err)
 {
     kvs_forward *f;
+    KVS_TRY(create_profile(s, err));
     KVS_TRY(create_queries(s, err));
     KVS_TRY(kvs_ffn_skip_create(&s->ffn, s->allocator, err));
     if (s->policy.select != NULL && s->policy.select->sentences)
@@ -198,6 +217,12 @@ static kvs_status finish_create(kvs_session *s, kvs_error *err)
 
 kvs_status kvs_session_create(kvs_model *m, const kvs_session_options *opt, kvs_session **out, kvs_error *err)
 {
+    return kvs_session_create_profiled(m, opt, NULL, out, err);
+}
+
+kvs_status kvs_session_create_profiled(kvs_model *m, const kvs_session_options *opt, const kvs_profile *profile,
+                                       kvs_session **out, kvs_error *err)
+{
     kvs_session_options defaults;
     kvs_session_options_default(&defaults);
     *out = NULL;
@@ -205,6 +230,8 @@ kvs_status kvs_session_create(kvs_model *m, const kvs_session_options *opt, kvs_
     KVS_TRY(session_new(m, opt != NULL ? opt : &defaults, &s, err));
     const kvs_cache_config config = cache_config(s, 0);
     kvs_status status = kvs_cache_create(&config, &s->cache, err);
+    if (status == KVS_OK && profile != NULL)
+        status = kvs_profile_copy(profile, s->allocator, &s->profile, err);
     if (status == KVS_OK)
         status = finish_create(s, err);
     if (status != KVS_OK) {
@@ -228,6 +255,7 @@ void kvs_session_free(kvs_session **session)
     kvs_ffn_skip_free(&s->ffn, s->allocator);
     kvs_sentence_log_free(&s->sentences, s->allocator);
     kvs_steer_free(s);
+    kvs_profile_free(&s->profile, s->allocator);
     kvs_free(s->allocator, s->sentence_ends);
     kvs_free(s->allocator, s);
 }
@@ -306,6 +334,8 @@ kvs_status kvs_session_fork(kvs_session *from, const kvs_session_options *opt, k
     }
     const kvs_cache_config config = cache_config(s, kvs_cache_live_max(from->cache));
     kvs_status status = kvs_cache_fork(from->cache, &config, &s->cache, err);
+    if (status == KVS_OK && same_policy)
+        status = kvs_profile_copy(&from->profile, s->allocator, &s->profile, err);
     if (status == KVS_OK)
         status = finish_create(s, err);
     if (status == KVS_OK) {

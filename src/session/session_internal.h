@@ -83,6 +83,7 @@ struct kvs_session {
     kvs_query_log queries;
     kvs_ffn_skip ffn;
     kvs_watch *watch; /* borrowed, or NULL */
+    kvs_profile profile; /* of the budget stage's file */
     kvs_probe probe;
     int32_t probe_token;    /* what a lookahead begins with */
     const int32_t *pending; /* prompt tokens still to come in the call that is under way, or NULL */
@@ -130,10 +131,15 @@ typedef struct kvs_attend_ctx {
     uint32_t n_runs;
     bool judged;  /* some run's rows judge slots */
     bool watched; /* some run has a watch */
+    bool mixed;   /* some run's policy asks what attention changes */
 } kvs_attend_ctx;
 /* Bytes of scratch a thread needs for sessions whose heads have n_pages at most. */
 size_t kvs_attend_scratch_bytes(const kvs_model *m, uint32_t n_pages);
 void kvs_attend(void *ctx, kvs_forward *f, uint32_t layer, uint32_t n_rows);
+/* mix.c: records what attention changes of the hidden state; a kvs_forward_watch with the same ctx. */
+void kvs_attend_watch(void *ctx, kvs_forward *f, uint32_t layer, uint32_t n_rows, kvs_forward_point point);
+/* Cosine of x and x + d, n of each, in double; the same bits on every machine. 0 where either is 0. */
+double kvs_cosine_after(const float *x, const float *d, uint32_t n);
 
 /* view.c: what a policy sees of one head, in t's arrays. */
 kvs_policy_view kvs_view_head(const kvs_session *s, uint32_t layer, uint32_t head, kvs_view_scratch *t);
@@ -154,6 +160,10 @@ kvs_status kvs_step_raw(kvs_session *s, kvs_forward *f, const int32_t *tokens, c
 /* session.c: fills s->sentence_ends, if it is not there. */
 kvs_status kvs_sentence_ends_create(kvs_session *s, kvs_error *err);
 kvs_status kvs_session_forward(kvs_session *s, kvs_forward **out, kvs_error *err);
+
+/* As kvs_session_create with a profile that no file has yet, in place of the one that the spec names. */
+kvs_status kvs_session_create_profiled(kvs_model *m, const kvs_session_options *opt, const kvs_profile *profile,
+                                       kvs_session **out, kvs_error *err);
 
 /* The noise floor: from now on this session's inputs are nudged by one rounding step, up or down by the seed. */
 void kvs_session_perturb(kvs_session *s, uint64_t seed);

@@ -276,12 +276,17 @@ static void run_forward(kvs_forward *f, step_rows *rows, kvs_arith arith)
     for (uint32_t i = 0; i < rows->n_runs; i++) {
         ctx.judged |= rows->runs[i].use == KVS_ROWS_JUDGE;
         ctx.watched |= rows->runs[i].watch != NULL;
+        ctx.mixed |= rows->runs[i].use == KVS_ROWS_SAID && rows->runs[i].session->queries.mixes;
         n_taps += tap_hidden(&rows->runs[i], &taps[n_taps]);
         if (rows->runs[i].steered)
             f->shift = shift_rows;
     }
+    const kvs_forward_watch watch = f->watch;
+    if (ctx.mixed)
+        f->watch = (kvs_forward_watch){kvs_attend_watch, &ctx};
     const kvs_forward_wishes wishes = {.ffn = rows->any_ffn ? rows->ffn : NULL, .taps = taps, .n_taps = n_taps};
     kvs_forward_rows(f, arith, rows->tokens, rows->n_rows, kvs_attend, &ctx, &wishes);
+    f->watch = watch;
 }
 
 /* Says one row's rule. */

@@ -170,6 +170,12 @@ static void bench_preset(const char *spec)
     session_close(&s);
 }
 
+/* A profile of the model, which there is none of here. */
+static bool needs_file(const kvs_policy *p)
+{
+    return p->budget != NULL && p->budget->file != NULL;
+}
+
 static void bench_presets(void)
 {
     printf("part,preset,slots_before,slots_after,score_ms,select_ms,score_and_select_ms,move_ms,cpu_ms\n");
@@ -178,7 +184,7 @@ static void bench_presets(void)
         kvs_policy p;
         if (!kvs_policy_at(i)->never_evicts &&
             kvs_policy_parse(kvs_policy_at(i)->name, NULL, false, &p, NULL) == KVS_OK &&
-            (kvs_policy_needs(&p) & ~(uint32_t)KVS_POLICY_NEEDS_MASS) == 0)
+            (kvs_policy_needs(&p) & ~(uint32_t)KVS_POLICY_NEEDS_MASS) == 0 && !needs_file(&p))
             bench_preset(p.ops->name);
     }
     bench_preset("attention_top:acc=1,scope=1");
@@ -448,13 +454,15 @@ static void bench_overhead(uint32_t n_threads)
     printf("part,preset,budget_tok,evictions,turn_ms,tap_ms,score_and_select_ms,move_ms,share_percent\n");
     for (size_t b = 0; b < sizeof budgets / sizeof *budgets; b++) {
         kvs_session *full;
+        kvs_policy p;
         if (kvs_session_create(m, NULL, &full, &err) != KVS_OK)
             die("baseline", err.message);
         kvs_rng rng = {10};
         while (kvs_session_n_tokens(full) + PROMPT < budgets[b])
             say(full, PROMPT, KVS_TOKEN_USER, &rng, NULL);
         for (uint32_t i = 0; i < kvs_policy_count(); i++)
-            if (!kvs_policy_at(i)->never_evicts)
+            if (!kvs_policy_at(i)->never_evicts &&
+                kvs_policy_parse(kvs_policy_at(i)->name, NULL, false, &p, NULL) == KVS_OK && !needs_file(&p))
                 bench_turns(m, full, kvs_policy_at(i)->name, budgets[b]);
         bench_turns(m, full, "attention_top:acc=1,scope=2,keep=0.7", budgets[b]);
         kvs_session_free(&full);

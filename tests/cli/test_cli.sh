@@ -53,7 +53,7 @@ PY
     fi
 }
 
-commands="run chat eval speed bench report compare policies inspect doctor"
+commands="run chat eval speed bench report compare policies inspect doctor profile"
 for c in $commands; do
     expect "help_of_$c" 0 "^usage: kvasir $c" "$c" --help
     expect "unknown_option_of_$c" 2 "try kvasir $c --help" "$c" --no-such-option-at-all
@@ -76,6 +76,11 @@ expect no_prompt 2 "needs a prompt" run
 expect no_operand 2 "needs DIR" report
 expect too_many_operands 2 "one word too many" report a b
 expect two_texts 2 "and not both" eval --text a --dialogue b
+expect no_kind 2 "needs KIND" profile --text a -o b
+expect wrong_kind 2 "did you mean 'sensitivity'" profile sensitivty --text a -o b
+expect profile_of_nothing 2 "needs --text FILE" profile duo -o b
+expect profile_to_nowhere 2 "needs -o FILE.json" profile duo --text a
+expect file_for_no_reader 2 "unknown parameter of snapkv 'file'" run -p x --policy snapkv:file=a
 expect wrong_shard 2 "I/N" bench --shard 3/2
 expect wrong_shell 2 "bash, zsh and fish" --completion tcsh
 expect missing_model 1 "run scripts/setup or set KVASIR_MODEL" run -p x -m "$tmp/none.gguf"

@@ -642,7 +642,7 @@ static void allocate(const char *spec, kvs_rng *rng, const double *weights, uint
         for (uint32_t i = 0; i < HELD; i++)
             scores[h * HELD + i] = (float)(kvs_rng_double(rng) * weights[h % HEADS]);
     }
-    const kvs_budget_view v = {LAYERS, HEADS, n_slots, n_protected, n_even, scores, HELD, keys};
+    const kvs_budget_view v = {LAYERS, HEADS, n_slots, n_protected, n_even, scores, HELD, keys, NULL, NULL};
     p.budget->allocate(p.budget_params, &v, keep);
 }
 
