@@ -51,13 +51,15 @@
     X(non_causal_attention)                                                                                            \
     X(compactor)                                                                                                       \
     X(qfilter)                                                                                                         \
-    X(cascading)
+    X(cascading)                                                                                                       \
+    X(epicache)
 
 #define KVS_PROBES(X)                                                                                                  \
     X(repeat)                                                                                                          \
     X(context)                                                                                                         \
     X(lookahead)                                                                                                       \
-    X(prompt)
+    X(prompt)                                                                                                          \
+    X(extract)
 
 #define KVS_RESCORES(X)                                                                                                \
     X(caote)                                                                                                           \

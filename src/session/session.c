@@ -11,6 +11,15 @@ void kvs_session_options_default(kvs_session_options *opt)
     *opt = (kvs_session_options){.kv_type = KVS_KV_F16, .arith = KVS_ARITH_NATIVE, .seed = 1};
 }
 
+/* Even shares that one layer may keep, rounded up. */
+static uint32_t layer_share_max(const kvs_session *s)
+{
+    double most = 1;
+    for (uint32_t l = 0; s->layer_share != NULL && l < s->model->info.n_layers; l++)
+        most = s->layer_share[l] > most ? s->layer_share[l] : most;
+    return (uint32_t)__builtin_ceil(most);
+}
+
 /* n_held: slots of the fullest head that a fork takes over. */
 static kvs_cache_config cache_config(const kvs_session *s, uint32_t n_held)
 {
@@ -27,8 +36,9 @@ static kvs_cache_config cache_config(const kvs_session *s, uint32_t n_held)
     };
     /* A budget in bytes lets a ragged policy give one head most of it; uniform ones need the share of one. */
     const uint32_t share = c.budget_tokens != 0 ? c.budget_tokens : kvs_cache_tokens_for_bytes(&c, c.budget_bytes);
-    const uint64_t most = (uint64_t)kvs_max_u32(share, n_held) + KVS_PAGE_SLOTS;
+    const uint64_t most = ((uint64_t)kvs_max_u32(share, n_held) + KVS_PAGE_SLOTS) * layer_share_max(s);
     c.slots_max = most < UINT32_MAX ? (uint32_t)most : UINT32_MAX;
+    c.ragged = s->layer_share != NULL;
     if (!kvs_policy_is_ragged(&s->policy))
         return c;
     /* One head may get several even shares; how many is the budget stage's to say. */
@@ -178,11 +188,21 @@ kvs_status kvs_session_create(kvs_model *m, const kvs_session_options *opt, kvs_
 {
     kvs_session_options defaults;
     kvs_session_options_default(&defaults);
+    return kvs_session_create_kin(m, opt != NULL ? opt : &defaults, &(kvs_kinship){0}, out, err);
+}
+
+kvs_status kvs_session_create_kin(kvs_model *m, const kvs_session_options *opt, const kvs_kinship *kinship,
+                                  kvs_session **out, kvs_error *err)
+{
     *out = NULL;
     kvs_session *s;
-    KVS_TRY(session_new(m, opt != NULL ? opt : &defaults, &s, err));
-    const kvs_cache_config config = cache_config(s, 0);
-    kvs_status status = kvs_cache_create(&config, &s->cache, err);
+    KVS_TRY(session_new(m, opt, &s, err));
+    s->kin = kinship->first;
+    s->layer_share = kinship->layer_share;
+    kvs_cache_config config = cache_config(s, 0);
+    config.own_tokens = kinship->own_tokens;
+    kvs_status status = s->kin == NULL ? kvs_cache_create(&config, &s->cache, err)
+                                       : kvs_cache_fork(s->kin->cache, &config, &s->cache, err);
     if (status == KVS_OK)
         status = finish_create(s, err);
     if (status != KVS_OK) {
