@@ -71,8 +71,6 @@ static kvs_status add_episodes(recall *r, uint32_t k, const char *budget, kvs_er
 static kvs_status make_runs(recall *r, kvs_error *err)
 {
     const kvs_cli_args *const a = r->args;
-    if (a->budgets.n == 0)
-        return kvs_error_set(err, KVS_EINVAL, "--recall needs --budget SIZE, which policies and episodes share");
     KVS_TRY(add_policy(r, "baseline", "keep", NULL, err));
     r->runs[0].is_reference = true;
     for (uint32_t b = 0; b < a->budgets.n; b++) {
@@ -224,6 +222,8 @@ static kvs_status play_all(recall *r, kvs_model *m, uint32_t history_tokens, kvs
 
 int kvs_eval_recall(const kvs_cli_args *args)
 {
+    if (args->budgets.n == 0)
+        return kvs_cli_usage_error(args->command, "--recall needs --budget SIZE, which policies and episodes share");
     recall *const r = calloc(1, sizeof *r);
     if (r == NULL)
         return kvs_cli_failure("no memory for the runs");

@@ -150,7 +150,7 @@ const kvs_cli_option kvs_cli_options[] = {
      "chunked evicts between chunks of a prompt, full only after it; default chunked", prefill_choices, 0, 0},
     {"episodes", 0, KVS_CLI_NUMBERS, AT(episodes), EVAL | CHAT, "K",
      "caches of K episodes in one budget, a question goes to the nearest (docs/epicache.md); with --recall K,...", NULL,
-     1, KVS_EPISODES_MAX},
+     0, 1e6},
     {"uniform-heads", 0, KVS_CLI_FLAG, AT(uniform_heads), EVAL | CHAT, NULL,
      "with --episodes: every head of a layer keeps as many slots", NULL, 0, 0},
     {"keep-turns", 0, KVS_CLI_FLAG, AT(keep_turns), CHAT, NULL,
