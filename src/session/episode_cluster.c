@@ -57,7 +57,7 @@ static void draw_centres(kmeans *m, uint64_t start)
     kvs_rng rng = {kvs_hash3(SEED, start, m->n)};
     set_centre(m, 0, kvs_rng_below(&rng, m->n));
     for (uint32_t i = 0; i < m->n; i++)
-        m->distance[i] = INFINITY;
+        m->distance[i] = (double)INFINITY;
     for (uint32_t c = 1; c < m->k; c++) {
         double total = 0;
         for (uint32_t i = 0; i < m->n; i++) {
@@ -80,7 +80,7 @@ static bool assign(kmeans *m)
     memset(m->n_member, 0, m->k * sizeof *m->n_member);
     for (uint32_t i = 0; i < m->n; i++) {
         uint32_t best = 0;
-        double least = INFINITY;
+        double least = (double)INFINITY;
         for (uint32_t c = 0; c < m->k; c++) {
             const double d = squared_distance(m->x + (size_t)i * m->dim, m->centre + (size_t)c * m->dim, m->dim);
             if (d < least) {
@@ -173,7 +173,7 @@ kvs_status kvs_cluster(const float *x, uint32_t n, uint32_t dim, uint32_t k, con
     if (m.centre == NULL || m.distance == NULL || m.label == NULL || m.n_member == NULL) {
         status = kvs_error_set(err, KVS_ENOMEM, "no memory to group %u windows into %u episodes", n, k);
     } else {
-        double best = INFINITY;
+        double best = (double)INFINITY;
         uint64_t best_start = 0;
         for (uint64_t start = 0; start < STARTS; start++) {
             const double inertia = run_start(&m, start);

@@ -572,7 +572,7 @@ kvs_status kvs_episodes_route(kvs_episodes *e, const char *text, uint32_t *episo
     if (vector == NULL)
         return kvs_error_set(err, KVS_ENOMEM, "no memory for a vector of %u numbers", e->plan.dim);
     const kvs_status status = embed(e, text, strlen(text), vector, err);
-    double best = -INFINITY;
+    double best = -(double)INFINITY;
     for (uint32_t i = 0; i < e->plan.n_episodes && status == KVS_OK; i++) {
         const double x = kvs_vector_dot(vector, e->centroid + (size_t)i * e->plan.dim, e->plan.dim);
         if (similarity != NULL)
