@@ -406,6 +406,7 @@ KVS_API kvs_status kvs_episodes_turn(kvs_episodes *e, const char *user, const kv
 
 typedef struct kvs_episodes_usage {
     uint32_t n_episodes, n_resident; /* caches there are, and in memory: all of them */
+    bool keep_turns;                 /* as the options, or the save, said */
     uint32_t active;                 /* answered last, or was built last */
     uint64_t budget_bytes;           /* the cap */
     uint64_t reserved_bytes;         /* what the caches can ever come to: at most the budget */

@@ -67,6 +67,9 @@ static kvs_status load(chat *c, kvs_error *err)
     kvs_episodes_usage u;
     kvs_episodes_get_usage(c->e, &u);
     const uint32_t k = c->args->episodes.items[0];
+    if (c->args->keep_turns && !u.keep_turns)
+        return kvs_error_set(err, KVS_EINVAL, "session %s drops its turns: --keep-turns is for a new one",
+                             c->args->session);
     if (k != u.n_episodes)
         return kvs_error_set(err, KVS_EINVAL, "session %s has %u episodes, not %u", c->args->session, u.n_episodes, k);
     return KVS_OK;
@@ -195,10 +198,12 @@ static kvs_status answer(chat *c, const char *line, kvs_error *err)
 {
     kvs_generation g = {0};
     uint32_t episode;
+    kvs_episodes_usage u;
+    kvs_episodes_get_usage(c->e, &u);
     KVS_TRY(kvs_episodes_turn(c->e, line, &c->sampling, on_token, NULL, &g, &episode, err));
-    printf("\n[episode %u%s%s]\n", episode, c->args->keep_turns ? "" : " · turn dropped",
+    printf("\n[episode %u%s%s]\n", episode, u.keep_turns ? "" : " · turn dropped",
            g.stop != NULL && strcmp(g.stop, "cancelled") == 0 ? " · stopped" : "");
-    return c->path[0] != '\0' && c->args->keep_turns ? save(c, c->path, err) : KVS_OK;
+    return c->path[0] != '\0' && u.keep_turns ? save(c, c->path, err) : KVS_OK;
 }
 
 static kvs_status command(const chat *c, const char *line, bool *quit, kvs_error *err)

@@ -639,6 +639,7 @@ void kvs_episodes_get_usage(const kvs_episodes *e, kvs_episodes_usage *u)
     const uint64_t peak = recent_peak(e);
     *u = (kvs_episodes_usage){.n_episodes = p->n_episodes,
                               .n_resident = p->n_episodes,
+                              .keep_turns = p->keep_turns,
                               .active = e->active,
                               .budget_bytes = p->budget_bytes,
                               .reserved_bytes = total_bytes(e, p->share_pages),

@@ -585,6 +585,7 @@ static void save_goes_on_otherwise(void **state)
         kvs_episodes_get_usage(loaded, &b);
         assert_int_equal(a.kv_bytes, b.kv_bytes);
         assert_int_equal(a.share_tokens, b.share_tokens);
+        assert_int_equal(b.keep_turns, o.keep_turns);
         assert_true(b.kv_bytes_peak <= b.reserved_bytes);
         for (uint32_t i = 0; i < 2; i++)
             assert_same_sets(kvs_episodes_session(e, i), kvs_episodes_session(loaded, i));
