@@ -25,7 +25,9 @@ const kvs_policy_ops kvs_policy_epicache = {
     .name = "epicache",
     .doc = "what a request to extract the essential attends to; several episodes: --episodes (docs/epicache.md)",
     .source = "arXiv:2509.17396",
-    .exactness = "exact for one episode without words of its own, except that sinks, system and markers are protected",
+    .exactness =
+        "exact for one episode without words, except that sinks, system and markers are protected and that a head "
+        "holding less than its even share leaves the rest of it unused",
     .schedule = "full",
     .position = "keep",
     .probe = "extract",
