@@ -359,6 +359,107 @@ KVS_API kvs_status kvs_chat_render(const kvs_model *m, const kvs_message *messag
                                    bool add_generation, kvs_rendered *out, kvs_error *err);
 KVS_API void kvs_rendered_free(kvs_rendered *r);
 
+/* ---- episodes --------------------------------------------------------------------------------------------------- */
+
+/* A history as several episodes, each with a cache of its own that was evicted with that episode in mind; a question is
+ * answered on the cache of the nearest (EpiCache, arXiv 2509.17396; docs/epicache.md). The caches of all episodes are in
+ * memory, and together with the room for the block being prefilled, or for a question and its answer, stay inside one
+ * budget in bytes. Used by one thread at a time, like a session. */
+typedef struct kvs_episodes kvs_episodes;
+
+enum { KVS_EPISODES_MAX = 64 };
+
+/* What a text is about: writes a vector of any length but 0 to out [dim] f32, the same for the same text. text is
+ * UTF-8, n_bytes of it, not NUL-terminated. What it returns besides KVS_OK ends the call that asked. */
+typedef kvs_status (*kvs_encode_fn)(void *ctx, const char *text, size_t n_bytes, float *out, kvs_error *err);
+
+typedef struct kvs_episodes_options {
+    uint32_t n_episodes;        /* 1 to KVS_EPISODES_MAX, at most as many as the history has windows */
+    uint32_t window_utterances; /* utterances that are grouped together; at least 1 */
+    uint32_t n_medoids;         /* windows that speak for their episode when slots are scored; at least 1 */
+    uint64_t budget_bytes;      /* hard cap on pages and side arrays of all episodes; 0: use budget_tokens */
+    uint32_t budget_tokens;   /* the bytes that one cache of so many slots in every head takes; 0 with 0: the window */
+    uint32_t block_tokens;    /* prefilled between evictions; 0: an eighth of the budget, 64 to 2,048 */
+    uint32_t words_tokens;    /* tokens of an episode's medoids at most; 0: as block_tokens */
+    bool uniform_heads;       /* every head of a layer keeps as many; false: the heads of a layer share its room */
+    bool keep_turns;          /* what is asked and answered stays in that episode; false: it is dropped afterwards */
+    const float *sensitivity; /* [n_layers], higher: the layer needs less (docs/epicache.md); NULL: all the same */
+    double alpha;             /* how far sensitivity moves room between layers; 0: not at all */
+    const char *protect;      /* as +protect= of a spec; NULL: the spec's default */
+    const char *position;     /* as kvs_session_options; NULL: "keep" */
+    kvs_kv_type kv_type;
+    kvs_arith arith;
+    uint32_t chunk_tokens; /* as kvs_session_options */
+    uint64_t seed;
+    kvs_encode_fn encode; /* NULL: the mean of the model's own token embeddings, dim n_embd */
+    void *encode_ctx;
+    uint32_t encode_dim;
+    const char *encoder_name; /* of encode, under 32 bytes: a save may only be opened with the same */
+    /* Told while blocks are prefilled: tokens done of all that will be, over all episodes. Return false to stop. */
+    bool (*on_progress)(void *ctx, uint32_t episode, uint64_t n_done, uint64_t n_total);
+    void *ctx;
+    const kvs_allocator *allocator; /* NULL: the model's */
+} kvs_episodes_options;
+
+/* The paper's values: 4 episodes, windows of 4 utterances, 4 medoids, heads share, turns dropped, alpha 1.1. */
+KVS_API void kvs_episodes_options_default(kvs_episodes_options *opt);
+
+/* Cuts the history into windows, groups them, and prefills one cache for each group, block by block: all of the history
+ * runs once an episode. Everything is borrowed for the call only, encode and its ctx until the object is freed.
+ *   messages [n_messages]  as kvs_chat_render takes them, the last one the assistant's
+ *   out  set on success, owned by the caller (kvs_episodes_free)
+ * Errors, *out NULL and nothing left behind: EINVAL an option out of range, more episodes than windows or than different
+ * windows, a history that does not end with an answer; EBUDGET the message has the least budget; EUNSUPPORTED no chat
+ * template; ECANCELLED on_progress asked to stop; ENOMEM. */
+KVS_API kvs_status kvs_episodes_create(kvs_model *m, const kvs_episodes_options *opt, const kvs_message *messages,
+                                       size_t n_messages, kvs_episodes **out, kvs_error *err);
+KVS_API void kvs_episodes_free(kvs_episodes **e); /* before the model; *e may be NULL */
+
+/* The episode whose centroid has the largest product with the text's vector. similarity [n_episodes] f32 may be NULL.
+ * Changes nothing. EINVAL: a text without tokens. */
+KVS_API kvs_status kvs_episodes_route(kvs_episodes *e, const char *text, uint32_t *episode, float *similarity,
+                                      kvs_error *err);
+/* One turn: routes, answers as kvs_chat_turn, then drops question and answer, or keeps both (keep_turns). The episode
+ * goes to *episode (may be NULL). Dropped turns fit in the working room: an answer that would not stops as "length".
+ * Errors: EBUDGET the question does not fit there (nothing changed); as kvs_chat_turn, and without keep_turns the
+ * episode is as before. */
+KVS_API kvs_status kvs_episodes_turn(kvs_episodes *e, const char *user, const kvs_sampling *params,
+                                     kvs_token_fn on_token, void *ctx, kvs_generation *result, uint32_t *episode,
+                                     kvs_error *err);
+
+typedef struct kvs_episodes_usage {
+    uint32_t n_episodes, n_resident; /* caches there are, and in memory: all of them */
+    bool keep_turns;                 /* as the options, or the save, said */
+    uint32_t active;                 /* answered last, or was built last */
+    uint64_t budget_bytes;           /* the cap */
+    uint64_t reserved_bytes;         /* what the caches can ever come to: at most the budget */
+    uint64_t kv_bytes;               /* pages and side arrays of all episodes now */
+    uint64_t kv_bytes_peak;          /* at most so far, the block being prefilled and the scoring rows included */
+    uint64_t scratch_bytes;          /* outside the budget, stated */
+    uint32_t share_tokens;           /* slots a head of an episode keeps (the mean, where heads or layers differ) */
+    uint32_t work_tokens;            /* slots a head for a block and what scores it, or a question and its answer */
+} kvs_episodes_usage;
+KVS_API void kvs_episodes_get_usage(const kvs_episodes *e, kvs_episodes_usage *usage);
+
+typedef struct kvs_episode_info {
+    uint32_t n_windows, n_medoids; /* in its group; that speak for it */
+    const int32_t *words;          /* [n_words] the medoids' tokens, in the order they were said; owned by e */
+    uint32_t n_words;
+    uint64_t n_tokens; /* said in its session, which is also where the next token stands */
+} kvs_episode_info;
+KVS_API bool kvs_episodes_get_info(const kvs_episodes *e, uint32_t episode, kvs_episode_info *info);
+/* An episode's session, to look at and to fork; only kvs_episodes_turn may extend it. Owned by e. NULL: no such. */
+KVS_API kvs_session *kvs_episodes_session(kvs_episodes *e, uint32_t episode);
+
+/* All episodes as one piece of memory, as kvs_session_save: with buf NULL only *size_bytes is set. */
+KVS_API kvs_status kvs_episodes_save(const kvs_episodes *e, void *buf, size_t cap_bytes, size_t *size_bytes,
+                                     kvs_error *err);
+/* Makes the object anew from a save of the same model: answers go on bit-identically. Of opt (NULL: defaults) only the
+ * encoder, its name and the allocator count, the rest comes from the save. EFORMAT names what differs or is damaged,
+ * *out is NULL; ENOMEM. */
+KVS_API kvs_status kvs_episodes_load(kvs_model *m, const kvs_episodes_options *opt, const void *buf, size_t size_bytes,
+                                     kvs_episodes **out, kvs_error *err);
+
 /* ---- the registry ----------------------------------------------------------------------------------------------- */
 
 typedef struct kvs_param_info {

@@ -52,7 +52,8 @@ kvs_status kvs_play_free(const kvs_play *p, const kvs_script *script, json_t *pa
  * answered questions are replaced by the embedded ones. */
 kvs_status kvs_recall_dialogue(const kvs_play *p, const kvs_dialogue_set *fillers, uint64_t index, kvs_dialogue *d,
                                kvs_script *script, kvs_error *err);
-/* The part of one recall dialogue: {"dialogue", "recall"}, a row for every run and question; a new reference. */
+/* The part of one recall dialogue: {"dialogue", "recall", "kv_bytes_peak"}: a row for every run and question; what each
+ * run held at most. A new reference. */
 kvs_status kvs_play_recall(const kvs_play *p, const kvs_script *script, json_t **part, kvs_error *err);
 /* Messages as the template takes them; calloc'd [n_messages], the caller frees. NULL: no memory. */
 kvs_message *kvs_script_messages(const kvs_dialogue *d);

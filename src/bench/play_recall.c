@@ -1,6 +1,7 @@
 /* Recall of planted facts (reference/evaluation.md 3.4): every run reads the same dialogue, and at each question the
  * candidates are scored by forced choice as the continuation of the recorded answer. Scoring happens in a fork that
- * never evicts, so that asking changes nothing; the recorded answer is read on afterwards. */
+ * never evicts, so that asking changes nothing; the recorded answer is read on afterwards. Episodes are made of what
+ * stands before the first question and hold nothing of later ones: as the method has it, turns are dropped. */
 #include "bench/play.h"
 
 #include "eval/keep_sets.h"
@@ -115,8 +116,11 @@ typedef struct recaller {
     const kvs_bench_run_spec *spec;
     kvs_session *session; /* NULL: nothing can have been evicted yet, the reference stands for it */
     kvs_session *probe;
-    kvs_watch *watch;    /* of the probe while it reads the answer's beginning */
-    kvs_routing routing; /* what it saw */
+    kvs_watch *watch;       /* of the probe while it reads the answer's beginning; none for episodes */
+    kvs_routing routing;    /* what it saw */
+    kvs_episodes *episodes; /* instead of a session, from the first question on */
+    uint32_t episode;       /* that the question went to */
+    uint64_t n_context;     /* tokens said in probe before the tails */
     const struct recall_state *state;
     double logprob[CANDIDATES_MAX];
     uint32_t candidate; /* whose tail is being read */
@@ -130,6 +134,7 @@ typedef struct recall_state {
     kvs_session *trunk[2]; /* the full cache: [0] plain (the reference), [1] recording attention */
     recaller *recallers;   /* [n_runs]; 0 is the reference, its session is trunk[0] */
     uint32_t turn;
+    const kvs_dialogue_fact *fact;
     /* of the question being asked */
     int32_t *tail[CANDIDATES_MAX]; /* tokens in which the candidate's answer differs from the answer's beginning */
     uint32_t n_tail[CANDIDATES_MAX], n_candidates, context_end;
@@ -161,7 +166,7 @@ static kvs_status fork_due(recall_state *s, uint32_t end, kvs_error *err)
     bool trunk_needed = false;
     for (uint32_t i = 1; i < s->p->n_runs; i++) {
         recaller *r = &s->recallers[i];
-        if (r->session != NULL || r->failed != KVS_OK)
+        if (r->session != NULL || r->failed != KVS_OK || r->spec->n_episodes != 0)
             continue;
         kvs_policy policy;
         KVS_TRY(kvs_policy_parse(r->spec->policy, r->spec->position, s->p->opt->paper_compat, &policy, err));
@@ -379,20 +384,71 @@ static bool on_tail(void *ctx, uint32_t row, const float *logits)
     return true;
 }
 
-/* A fork that cannot evict: the same keys and positions, room for an answer. */
+static bool on_episode(void *ctx, uint32_t episode, uint64_t n_done, uint64_t n_total)
+{
+    (void)episode;
+    (void)n_done;
+    (void)n_total;
+    return !kvs_play_cancelled(ctx);
+}
+
+/* Of the messages before the question. */
+static kvs_status make_episodes(const recall_state *s, recaller *r, kvs_error *err)
+{
+    kvs_message *messages = kvs_script_messages(s->script->dialogue);
+    if (messages == NULL)
+        return kvs_error_set(err, KVS_ENOMEM, "no memory for the messages of %s", s->script->id);
+    kvs_session_options as;
+    kvs_play_options(s->p, r->spec, 0, &as);
+    kvs_episodes_options o;
+    kvs_episodes_options_default(&o);
+    o.n_episodes = r->spec->n_episodes;
+    o.uniform_heads = r->spec->uniform_heads;
+    o.budget_bytes = as.budget_bytes;
+    o.budget_tokens = as.budget_tokens;
+    o.kv_type = as.kv_type;
+    o.arith = as.arith;
+    o.seed = as.seed;
+    o.on_progress = on_episode;
+    o.ctx = (void *)(uintptr_t)s->p;
+    kvs_status status = kvs_episodes_create(s->p->model, &o, messages, s->fact->question_idx, &r->episodes, err);
+    free(messages);
+    if (status == KVS_OK &&
+        kvs_session_n_tokens(kvs_episodes_session(r->episodes, 0)) != s->script->turns[s->turn].begin)
+        status = kvs_error_set(err, KVS_EUNSUPPORTED, "dialogue %s does not render the same in turns and at once",
+                               s->script->id);
+    return status;
+}
+
+/* The session of the episode that the question goes to. */
+static kvs_status route(const recall_state *s, recaller *r, kvs_session **out, kvs_error *err)
+{
+    if (r->episodes == NULL)
+        KVS_TRY(make_episodes(s, r, err));
+    KVS_TRY(kvs_episodes_route(r->episodes, s->fact->question, &r->episode, NULL, err));
+    *out = kvs_episodes_session(r->episodes, r->episode);
+    return KVS_OK;
+}
+
+/* A fork that cannot evict: the same keys and positions, room for an answer; an episode has not read the question. */
 static kvs_status open_probe(const recall_state *s, recaller *r, kvs_error *err)
 {
+    const kvs_script_turn *t = &s->script->turns[s->turn];
+    const uint32_t n_question = r->spec->n_episodes != 0 ? t->answer - t->begin : 0;
     kvs_session *from = r == &s->recallers[0] ? s->trunk[0] : r->session;
+    if (r->spec->n_episodes != 0)
+        KVS_TRY(route(s, r, &from, err));
     kvs_usage u;
     kvs_session_get_usage(from, &u);
-    /* Where heads differ in length the fullest may hold more than the budget's mean. */
-    kvs_bench_run_spec spec = {.is_reference = true,
-                               .policy = "baseline",
-                               .budget_tokens = kvs_max_u32((uint32_t)u.budget_tokens, u.n_slots_max) + PROBE_TOKENS};
+    /* A head may hold more than the mean that a budget bounds. */
+    const uint32_t room = kvs_max_u32((uint32_t)u.budget_tokens, u.n_slots_max) + n_question + PROBE_TOKENS;
+    kvs_bench_run_spec spec = {.is_reference = true, .policy = "baseline", .budget_tokens = room};
     snprintf(spec.position, sizeof spec.position, "%s", r->spec->position);
     kvs_session_options o;
     kvs_play_options(s->p, &spec, 0, &o);
-    return kvs_session_fork(from, &o, &r->probe, err);
+    KVS_TRY(kvs_session_fork(from, &o, &r->probe, err));
+    return kvs_session_extend(r->probe, s->script->tokens + t->begin, s->script->flags + t->begin, n_question, NULL,
+                              err);
 }
 
 /* One step of all probes: the answer's beginning (candidate UINT32_MAX) or a candidate's tail. */
@@ -450,16 +506,20 @@ static kvs_status score(recall_state *s, batch *b, kvs_error *err)
     for (uint32_t i = 0; i < s->p->n_runs; i++) {
         recaller *r = &s->recallers[i];
         kvs_error e;
-        if ((i > 0 && r->session == NULL) || r->failed != KVS_OK)
+        if ((i > 0 && r->session == NULL && r->spec->n_episodes == 0) || r->failed != KVS_OK)
             continue;
         kvs_status status = open_probe(s, r, &e);
-        if (status == KVS_OK)
+        if (status == KVS_ECANCELLED)
+            return kvs_error_set(err, KVS_ECANCELLED, "stopped");
+        if (status == KVS_OK && r->spec->n_episodes == 0)
             status = open_watch(s, r, &e);
         if (status != KVS_OK)
             fail(r, status, &e);
     }
     KVS_TRY(step_probes(s, UINT32_MAX, b, err));
     KVS_TRY(read_watches(s, err));
+    for (uint32_t i = 0; i < b->n; i++)
+        b->owner[i]->n_context = kvs_session_n_tokens(b->owner[i]->probe);
     for (uint32_t c = 0; c < s->n_candidates; c++) {
         if (s->n_tail[c] == 1)
             continue;
@@ -467,7 +527,7 @@ static kvs_status score(recall_state *s, batch *b, kvs_error *err)
         for (uint32_t i = 0; i < b->n; i++) {
             kvs_session *probe = b->owner[i]->probe;
             if (b->owner[i]->failed == KVS_OK)
-                KVS_TRY(kvs_session_truncate(probe, s->context_end, err));
+                KVS_TRY(kvs_session_truncate(probe, b->owner[i]->n_context, err));
         }
     }
     return KVS_OK;
@@ -519,17 +579,40 @@ static void survival_of(const recall_state *s, const kvs_session *session, doubl
     free(pos);
 }
 
+static kvs_session *held_by(const recall_state *s, const recaller *r)
+{
+    return r == &s->recallers[0] ? s->trunk[0]
+           : r->episodes != NULL ? kvs_episodes_session(r->episodes, r->episode)
+                                 : r->session;
+}
+
+/* Of all that the run held; null for one that shared the reference's cache to the end. */
+static json_t *peak_bytes(const recall_state *s, const recaller *r)
+{
+    kvs_usage u;
+    kvs_episodes_usage all;
+    if (r->episodes != NULL) {
+        kvs_episodes_get_usage(r->episodes, &all);
+        return json_integer((json_int_t)all.kv_bytes_peak);
+    }
+    if (r->session == NULL && r != &s->recallers[0])
+        return json_null();
+    kvs_session_get_usage(held_by(s, r), &u);
+    return json_integer((json_int_t)u.kv_bytes_peak);
+}
+
 /* docs/metrics.md, "Diagnostics". */
 static void record_diagnostics(json_t *row, const recall_state *s, const recaller *from, bool ok)
 {
     kvs_keep_report kept = {.head_consensus = NAN};
-    const kvs_session *session = from == &s->recallers[0] ? s->trunk[0] : from->session;
-    if (ok && kvs_keep_report_make(s->p->model, session, s->told, s->told_end - s->told_begin, &kept, NULL) != KVS_OK)
+    const bool watched = ok && from->watch != NULL;
+    if (ok && kvs_keep_report_make(s->p->model, held_by(s, from), s->told, s->told_end - s->told_begin, &kept, NULL) !=
+                  KVS_OK)
         kept.head_consensus = NAN;
     json_object_set_new(row, "head_consensus", kvs_json_real(kept.head_consensus));
-    json_object_set_new(row, "utilisation", kvs_json_real(ok ? from->routing.utilisation : NAN));
-    json_object_set_new(row, "drift", kvs_json_real(ok ? from->routing.drift : NAN));
-    json_object_set_new(row, "key_channels_90", kvs_json_real(ok ? from->routing.key_channels_90 : NAN));
+    json_object_set_new(row, "utilisation", kvs_json_real(watched ? from->routing.utilisation : NAN));
+    json_object_set_new(row, "drift", kvs_json_real(watched ? from->routing.drift : NAN));
+    json_object_set_new(row, "key_channels_90", kvs_json_real(watched ? from->routing.key_channels_90 : NAN));
     kvs_keep_report_free(&kept);
 }
 
@@ -537,7 +620,7 @@ static void record_score(json_t *row, const recall_state *s, const recaller *r, 
 {
     kvs_choice choice;
     kvs_error e = {0};
-    const recaller *from = r->session == NULL ? &s->recallers[0] : r;
+    const recaller *from = r->session == NULL && r->spec->n_episodes == 0 ? &s->recallers[0] : r;
     if (r->failed == KVS_OK && from->failed != KVS_OK)
         snprintf(e.message, sizeof e.message, "%s", from->failure);
     const bool ok = r->failed == KVS_OK && from->failed == KVS_OK &&
@@ -545,7 +628,7 @@ static void record_score(json_t *row, const recall_state *s, const recaller *r, 
     double survival = NAN, erased = NAN;
     uint32_t picked = 0;
     if (ok) {
-        survival_of(s, from == &s->recallers[0] ? s->trunk[0] : r->session, &survival, &erased);
+        survival_of(s, held_by(s, from), &survival, &erased);
         for (uint32_t c = 1; c < s->n_candidates; c++)
             if (from->logprob[c] / s->n_tail[c] > from->logprob[picked] / s->n_tail[picked])
                 picked = c;
@@ -579,6 +662,8 @@ static void record(recall_state *s, uint32_t question, const kvs_dialogue_fact *
         json_object_set_new(row, "lag_messages", json_integer(fact->lag_messages));
         json_object_set_new(row, "n_candidates", json_integer(s->n_candidates));
         json_object_set_new(row, "gold", json_string(fact->gold));
+        if (r->episodes != NULL)
+            json_object_set_new(row, "episode", json_integer(r->episode));
         record_score(row, s, r, fact);
         json_array_append_new(s->rows, row);
     }
@@ -610,7 +695,7 @@ static void end_question(recall_state *s)
 
 static kvs_status ask(recall_state *s, uint32_t question, kvs_error *err)
 {
-    const kvs_dialogue_fact *fact = &s->script->dialogue->facts[question];
+    const kvs_dialogue_fact *fact = s->fact = &s->script->dialogue->facts[question];
     find_told(s, fact);
     batch b;
     kvs_status status = batch_new(s, &b, err);
@@ -656,6 +741,12 @@ static kvs_status play_all(recall_state *s, kvs_error *err)
     return KVS_OK;
 }
 
+static void recaller_free(recaller *r)
+{
+    kvs_session_free(&r->session);
+    kvs_episodes_free(&r->episodes);
+}
+
 kvs_status kvs_play_recall(const kvs_play *p, const kvs_script *script, json_t **part, kvs_error *err)
 {
     *part = NULL;
@@ -670,17 +761,21 @@ kvs_status kvs_play_recall(const kvs_play *p, const kvs_script *script, json_t *
     }
     if (status == KVS_OK)
         status = play_all(&s, err);
+    json_t *peaks = json_object();
+    for (uint32_t i = 0; i < p->n_runs && status == KVS_OK; i++)
+        json_object_set_new(peaks, p->runs[i].id, peak_bytes(&s, &s.recallers[i]));
     for (uint32_t i = 0; i < p->n_runs && s.recallers != NULL; i++)
-        kvs_session_free(&s.recallers[i].session);
+        recaller_free(&s.recallers[i]);
     kvs_session_free(&s.trunk[0]);
     kvs_session_free(&s.trunk[1]);
     free(s.recallers);
     if (status != KVS_OK) {
         json_decref(s.rows);
+        json_decref(peaks);
         return status;
     }
-    *part =
-        json_pack("{s:{s:s,s:i,s:i,s:i},s:o}", "dialogue", "id", script->id, "n_turns", (int)script->n_turns,
-                  "n_tokens", (int)script->n_tokens, "n_questions", (int)script->dialogue->n_facts, "recall", s.rows);
+    *part = json_pack("{s:{s:s,s:i,s:i,s:i},s:o,s:o}", "dialogue", "id", script->id, "n_turns", (int)script->n_turns,
+                      "n_tokens", (int)script->n_tokens, "n_questions", (int)script->dialogue->n_facts, "recall",
+                      s.rows, "kv_bytes_peak", peaks);
     return *part != NULL ? KVS_OK : kvs_error_set(err, KVS_ENOMEM, "no memory for a record");
 }

@@ -35,6 +35,8 @@ typedef struct kvs_bench_run_spec {
     uint64_t budget_bytes;
     uint32_t first_tokens; /* no eviction can happen before this many tokens were said */
     bool is_reference;     /* the full cache */
+    uint32_t n_episodes;   /* not 0: episodes of the dialogue so far (kvs_episodes); only recall can play that */
+    bool uniform_heads;    /* of episodes */
 } kvs_bench_run_spec;
 
 const kvs_suite *kvs_suite_find(const char *name);

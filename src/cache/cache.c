@@ -45,6 +45,13 @@ uint32_t kvs_cache_tokens_for_bytes(const kvs_cache_config *c, uint64_t budget_b
 
 /* ---- create, fork, free ---- */
 
+static uint32_t n_own_pages(const kvs_cache_config *config, uint32_t page_limit)
+{
+    const uint64_t pages =
+        ((uint64_t)config->own_tokens + KVS_PAGE_SLOTS - 1) / KVS_PAGE_SLOTS * config->n_layers * config->n_kv_heads;
+    return config->own_tokens != 0 && pages < page_limit ? (uint32_t)pages : page_limit;
+}
+
 /* The cache without pages in it: n_entries page entries, the budget's own blocks. store NULL: a new family. */
 static kvs_cache *cache_new(const kvs_cache_config *config, uint32_t page_limit, uint32_t n_entries,
                             kvs_block_store *store)
@@ -69,7 +76,7 @@ static kvs_cache *cache_new(const kvs_cache_config *config, uint32_t page_limit,
     c->free_entries = kvs_alloc(a, n_entries, sizeof *c->free_entries);
     c->heads = kvs_alloc(a, c->n_heads, sizeof *c->heads);
     c->store = store != NULL ? store : kvs_block_store_create(a, c->block_bytes);
-    c->pool = c->store == NULL ? NULL : kvs_block_store_join(c->store, a, page_limit);
+    c->pool = c->store == NULL ? NULL : kvs_block_store_join(c->store, a, n_own_pages(config, page_limit));
     bool ok = c->pages && c->meta && c->free_entries && c->heads && c->pool;
     for (int s = 0; s < KVS_SIDE_COUNT && ok; s++)
         if (config->side_mask & 1u << s)
@@ -802,6 +809,13 @@ void kvs_cache_meter_update(kvs_cache *c)
     raise_peak(&m->reserved_bytes_peak, m->reserved_bytes);
     raise_peak(&m->side_bytes_peak, m->side_bytes);
     raise_peak(&m->kv_bytes_peak, m->reserved_bytes + m->side_bytes);
+}
+
+void kvs_cache_restart_peaks(kvs_cache *c)
+{
+    kvs_cache_meter *m = &c->meter;
+    m->live_bytes_peak = m->reserved_bytes_peak = m->side_bytes_peak = m->kv_bytes_peak = 0;
+    kvs_cache_meter_update(c);
 }
 
 const kvs_cache_meter *kvs_cache_meter_now(const kvs_cache *c)

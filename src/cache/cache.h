@@ -25,6 +25,7 @@ typedef struct kvs_cache_config {
     uint64_t budget_bytes;  /* 0: from budget_tokens */
     uint32_t budget_tokens; /* slots in every head; 0: from budget_bytes */
     uint32_t slots_max;     /* live slots of one head at most: sizes scratch; 0: as many as there are pages for */
+    uint32_t own_tokens;    /* slots in every head whose blocks this cache brings to its family; 0: all its budget's */
     bool ragged;            /* budget_tokens bounds the mean over heads, not each head */
     const kvs_allocator *allocator;
 } kvs_cache_config;
@@ -127,6 +128,9 @@ typedef struct kvs_cache_meter {
 } kvs_cache_meter;
 void kvs_cache_get_meter(const kvs_cache *c, kvs_cache_meter *m); /* looks at every page */
 const kvs_cache_meter *kvs_cache_meter_now(const kvs_cache *c);   /* all but shared_bytes, at once */
+
+/* Peaks count anew from what is held now. */
+void kvs_cache_restart_peaks(kvs_cache *c);
 
 /* Share of the last 64 appended tokens whose rope position was not above their predecessor's (mean over heads). */
 double kvs_cache_backward_rate(const kvs_cache *c);

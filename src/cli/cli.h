@@ -55,6 +55,10 @@ typedef struct kvs_cli_args {
     /* profile */
     kvs_cli_list texts;
     uint32_t text_tokens, block_tokens;
+    uint32_t n_recall, history_tokens;
+    /* eval, chat */
+    kvs_cli_numbers episodes;
+    bool uniform_heads, keep_turns;
     /* speed */
     kvs_cli_numbers depths;
     uint32_t prompt_tokens, gen_tokens, repeats, n_sessions;
@@ -237,6 +241,13 @@ typedef struct kvs_cli_speed_row {
 /* Both rates against depth with their bounds, as an SVG file that needs nothing else; limits in words. */
 kvs_status kvs_cli_speed_plot(const char *path, const char *title, const char *limits, const kvs_cli_speed_row *rows,
                               uint32_t n_rows, kvs_error *err);
+
+/* ---- parts of commands --- */
+
+/* eval_recall.c: eval --recall */
+int kvs_eval_recall(const kvs_cli_args *args);
+/* chat_episodes.c: chat --episodes */
+int kvs_chat_episodes(const kvs_cli_args *args, const kvs_sampling *sampling);
 
 /* ---- commands --------------------------------------------------------------------------------------------------- */
 

@@ -478,6 +478,10 @@ int kvs_cmd_chat(const kvs_cli_args *args)
     kvs_cli_sampling(args, &c.sampling);
     if (!kvs_cli_given(args, "n-tokens"))
         c.sampling.max_tokens = 1024;
+    if (args->episodes.n > 0)
+        return kvs_chat_episodes(args, &c.sampling);
+    if (args->dialogue != NULL)
+        return kvs_cli_usage_error(args->command, "--dialogue is the history that --episodes K cuts up: give K");
     kvs_status status = kvs_cli_open_model(args, &c.m, &err);
     if (status == KVS_OK)
         status = open_session(&c, &err);

@@ -400,6 +400,11 @@ static kvs_status evaluate(const kvs_cli_args *args, kvs_model *m, const kvs_mod
 
 int kvs_cmd_eval(const kvs_cli_args *args)
 {
+    if (args->n_recall > 0)
+        return args->text == NULL ? kvs_eval_recall(args)
+                                  : kvs_cli_usage_error(args->command, "--recall makes its own dialogues: no --text");
+    if (args->episodes.n > 0)
+        return kvs_cli_usage_error(args->command, "--episodes is measured with --recall N");
     if ((args->text == NULL) == (args->dialogue == NULL))
         return kvs_cli_usage_error(args->command, "needs --text FILE or --dialogue FILE, and not both");
     kvs_error err = {0};

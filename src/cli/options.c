@@ -42,7 +42,8 @@ const kvs_cli_command kvs_cli_commands[] = {
      "budget of the model's window, so that a chat does not end when the window is full. " SPEC_TEXT,
      "kvasir chat\tjust talk\n"
      "kvasir chat --session work --budget 64MiB\ta conversation that is there again next time\n"
-     "kvasir chat --policy attention_top --system 'Answer in one sentence.'\tanother policy and a system prompt\n",
+     "kvasir chat --policy attention_top --system 'Answer in one sentence.'\tanother policy and a system prompt\n"
+     "kvasir chat --episodes 4 --dialogue long.jsonl --budget 64MiB\task about a recorded conversation, in episodes\n",
      0, 0, kvs_cmd_chat},
     {"eval", "", "teacher-forced quality of a policy on a text or a dialogue",
      "Feeds a fixed text, compares each next-token distribution with a reference session's in lock-step, and prints "
@@ -52,7 +53,8 @@ const kvs_cli_command kvs_cli_commands[] = {
      "is the length of the text. " SPEC_TEXT,
      "kvasir eval --text book.txt --policy streaming --budget 1024tok --position rerotate\tone policy\n"
      "kvasir eval --text a.txt --policy random:keep=766tok --prefill full --dump-keep keep.jsonl\twhat it keeps\n"
-     "kvasir eval --dialogue threads.jsonl --index 3 --budget 512tok --json\ta recorded conversation\n",
+     "kvasir eval --dialogue threads.jsonl --index 3 --budget 512tok --json\ta recorded conversation\n"
+     "kvasir eval --recall 4 --budget 1024tok --episodes 1,4 --policy streaming --policy kvzip\tplanted facts\n",
      0, 0, kvs_cmd_eval},
     {"speed", "", "prefill and decode rate against depth, as shares of the machine's bandwidth and arithmetic peak",
      "Measures a whole prompt of each depth, then single greedy tokens there; median of the repeats. Prompts are drawn "
@@ -127,8 +129,10 @@ const kvs_cli_option kvs_cli_options[] = {
     {"block", 0, KVS_CLI_U32, AT(block_tokens), PROFILE, "N",
      "sensitivity: tokens of a block; default 4096, or a quarter of the shortest text", NULL, 1, 1e8},
     {"text", 0, KVS_CLI_FILE, AT(text), EVAL, "FILE", "plain text to feed (- is stdin)", NULL, 0, 0},
-    {"dialogue", 0, KVS_CLI_FILE, AT(dialogue), EVAL, "FILE", "messages in JSON or JSON lines", NULL, 0, 0},
-    {"index", 0, KVS_CLI_U32, AT(index), EVAL, "N", "which dialogue of the file, from 0; default 0", NULL, 0, 1e9},
+    {"dialogue", 0, KVS_CLI_FILE, AT(dialogue), EVAL | CHAT, "FILE",
+     "messages in JSON or JSON lines; with --recall the fillers; in chat the history of --episodes", NULL, 0, 0},
+    {"index", 0, KVS_CLI_U32, AT(index), EVAL | CHAT, "N", "which dialogue of the file, from 0; default 0", NULL, 0,
+     1e9},
     {"prompt", 'p', KVS_CLI_STRING, AT(prompt), RUN, "TEXT", "the prompt (- reads stdin)", NULL, 0, 0},
     {"n-tokens", 'n', KVS_CLI_U32, AT(n_tokens), RUN | CHAT, "N", "tokens of an answer at most", NULL, 1, 1e9},
     {"chat", 0, KVS_CLI_FLAG, AT(chat), RUN, NULL, "send the prompt as a user message through the chat template", NULL,
@@ -171,6 +175,18 @@ const kvs_cli_option kvs_cli_options[] = {
      "decoded tokens go without feed-forward blocks that change little: threshold=S,warmup=TOKENS,cold=FIRST:LAST "
      "(docs/ffn-skip.md); default off",
      NULL, 0, 0},
+    {"episodes", 0, KVS_CLI_NUMBERS, AT(episodes), EVAL | CHAT, "K",
+     "caches of K episodes in one budget, a question goes to the nearest (docs/epicache.md); with --recall K,...", NULL,
+     0, 1e6},
+    {"uniform-heads", 0, KVS_CLI_FLAG, AT(uniform_heads), EVAL | CHAT, NULL,
+     "with --episodes: every head of a layer keeps as many slots", NULL, 0, 0},
+    {"keep-turns", 0, KVS_CLI_FLAG, AT(keep_turns), CHAT, NULL,
+     "with --episodes: what is asked and answered stays in that episode", NULL, 0, 0},
+    {"recall", 0, KVS_CLI_U32, AT(n_recall), EVAL, "N",
+     "ask about facts planted in N generated dialogues, under every --policy and --episodes at every --budget", NULL, 1,
+     1e6},
+    {"history", 0, KVS_CLI_U32, AT(history_tokens), EVAL, "N",
+     "with --recall: tokens before the first question at least; default 2000", NULL, 256, 1e6},
     {"ref", 0, KVS_CLI_CHOICE, AT(ref), EVAL, "WHICH", "reference: full cache, fresh window, or none", ref_choices, 0,
      0},
     {"ref-window", 0, KVS_CLI_U32, AT(ref_window), EVAL, "N", "tokens of the window reference; default the model's",

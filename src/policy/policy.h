@@ -59,10 +59,11 @@ typedef enum kvs_probe_kind {
     KVS_PROBE_CONTEXT,    /* what is held is said again as it is */
     KVS_PROBE_LOOKAHEAD,  /* the answer goes on greedily for a few tokens, on the slots that the base policy keeps */
     KVS_PROBE_PROMPT,     /* the last tokens of the prompt that is coming in are the window of every chunk */
+    KVS_PROBE_EXTRACT,    /* a request to extract what is essential, and an episode's own words if it has some */
 } kvs_probe_kind;
 typedef struct kvs_probe_ops {
     kvs_choice_info info;
-    kvs_probe_kind kind; /* its parameters: tokens of a chunk (repeat), rows (lookahead, prompt) */
+    kvs_probe_kind kind; /* its parameters: tokens of a chunk (repeat), rows (lookahead, prompt), of text (extract) */
 } kvs_probe_ops;
 
 /* Stage budget: how many slots each head keeps, their sum being at most that of the even shares. All heads [n_layers *

@@ -41,3 +41,13 @@ const kvs_probe_ops kvs_probe_prompt = {
              prompt_params, 1},
     .kind = KVS_PROBE_PROMPT,
 };
+
+/* EpiCache (arXiv:2509.17396): the patched prompt of its repository. */
+static const kvs_param_info extract_params[] = {
+    {"text", "room for an episode's own words behind the request, in tokens; 0: the request alone", 0, 0, 65536},
+};
+const kvs_probe_ops kvs_probe_extract = {
+    .info = {"extract", "a request to extract what is essential, then the words of an episode", "arXiv:2509.17396",
+             "exact, except that its rows stand behind the last token, not on it", extract_params, 1},
+    .kind = KVS_PROBE_EXTRACT,
+};

@@ -61,13 +61,15 @@
     X(duo)                                                                                                             \
     X(prulong)                                                                                                         \
     X(kvzip_head)                                                                                                      \
-    X(lukv)
+    X(lukv)                                                                                                            \
+    X(epicache)
 
 #define KVS_PROBES(X)                                                                                                  \
     X(repeat)                                                                                                          \
     X(context)                                                                                                         \
     X(lookahead)                                                                                                       \
-    X(prompt)
+    X(prompt)                                                                                                          \
+    X(extract)
 
 #define KVS_RESCORES(X)                                                                                                \
     X(caote)                                                                                                           \

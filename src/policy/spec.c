@@ -666,9 +666,10 @@ static kvs_status check_stages(const kvs_policy *p, kvs_error *err)
                              p->rescore->info.name, name);
     const bool rows = p->probe != NULL && (p->probe->kind == KVS_PROBE_LOOKAHEAD || p->probe->kind == KVS_PROBE_PROMPT);
     if (needs & KVS_POLICY_NEEDS_PROBE && (p->probe == NULL || rows))
-        return kvs_error_set(err, KVS_EINVAL,
-                             "%s scores by what probe rows attend to: it needs +probe=repeat or +probe=context, not %s",
-                             name, p->probe == NULL ? "none" : p->probe->info.name);
+        return kvs_error_set(
+            err, KVS_EINVAL,
+            "%s scores by what probe rows attend to: it needs +probe=repeat, context or extract, not %s", name,
+            p->probe == NULL ? "none" : p->probe->info.name);
     if (p->probe != NULL && !rows && !(needs & KVS_POLICY_NEEDS_PROBE))
         return kvs_error_set(err, KVS_EINVAL, "+probe=%s: %s does not look at what probe rows attend to",
                              p->probe->info.name, name);

@@ -120,6 +120,20 @@ static size_t carve_all(kvs_session *s, uint8_t *base)
     return c.at;
 }
 
+/* Kin evict one after another, in the same room; what was said belongs to each. */
+static kvs_status borrow_scratch(kvs_session *s, kvs_error *err)
+{
+    kvs_evict_scratch *e = &s->scratch;
+    *e = s->kin->scratch;
+    e->bytes = s->turns.capacity * sizeof *s->turns.turns;
+    e->block = s->turns.turns = kvs_alloc(s->allocator, s->turns.capacity, sizeof *s->turns.turns);
+    if (e->block != NULL)
+        return KVS_OK;
+    *e = (kvs_evict_scratch){0};
+    s->turns = (kvs_turn_log){0};
+    return kvs_error_set(err, KVS_ENOMEM, "no memory for the turns of an episode");
+}
+
 kvs_status kvs_evict_scratch_create(kvs_session *s, kvs_error *err)
 {
     kvs_evict_scratch *e = &s->scratch;
@@ -134,6 +148,8 @@ kvs_status kvs_evict_scratch_create(kvs_session *s, kvs_error *err)
     e->window = kvs_policy_window(&s->policy);
     s->turns.capacity = kvs_turn_log_capacity(e->n_slots);
     s->turns.marker_from = -1;
+    if (s->kin != NULL)
+        return borrow_scratch(s, err);
     e->bytes = carve_all(s, NULL);
     e->block = kvs_alloc(s->allocator, 1, e->bytes);
     if (e->block == NULL) {
@@ -225,7 +241,7 @@ uint32_t kvs_keep_default(const kvs_session *s)
     const uint64_t chunk = s->chunk_tokens < cap ? s->chunk_tokens : cap - 1;
     const uint64_t keep = cap - chunk;
     /* The last page of each head is half empty on average where heads differ: room for the chunk is counted in pages. */
-    const uint64_t slack = kvs_policy_is_ragged(&s->policy) ? KVS_PAGE_SLOTS : 0;
+    const uint64_t slack = kvs_policy_is_ragged(&s->policy) || s->layer_share != NULL ? KVS_PAGE_SLOTS : 0;
     const uint64_t less = slack + s->probe.reserve_tokens;
     return (uint32_t)(less == 0 ? keep : keep > 2 * less ? keep - less : keep / 2 > 1 ? keep / 2 : 1);
 }
@@ -234,11 +250,16 @@ uint32_t kvs_keep_default(const kvs_session *s)
  * protected; where nothing else is left, kvs_select says so. */
 static uint32_t even_share(const eviction *x, const kvs_policy_view *v, const float *scores)
 {
-    if (x->keep_override == 0)
-        return kvs_policy_target_scored(&x->s->policy, v, scores, kvs_keep_default(x->s));
+    uint32_t n = x->keep_override;
+    if (n == 0)
+        n = kvs_policy_target_scored(&x->s->policy, v, scores, kvs_keep_default(x->s));
+    if (x->s->layer_share != NULL)
+        n = (uint32_t)(n * x->s->layer_share[v->layer]);
+    else if (x->keep_override == 0)
+        return n;
     const uint32_t least =
         kvs_min_u32(kvs_protected_count(&x->s->policy.protect, v), v->n_slots > 0 ? v->n_slots - 1 : 0);
-    return kvs_max_u32(x->keep_override, least);
+    return kvs_max_u32(n, least);
 }
 
 /* ---- scoring ---- */

@@ -8,29 +8,36 @@
 #include <math.h>
 #include <string.h>
 
-enum { TEXT_FIRST = 0, TEXT_LATER = 1, TEXT_ANSWER = 2, POSTFIX_TOKENS = 8, TEXT_TOKENS_MAX = 256 };
+enum { TEXT_FIRST = 0, TEXT_LATER = 1, TEXT_ANSWER = 2, POSTFIX_TOKENS = 8, TEXT_TOKENS_MAX = 512 };
 
 /* KVzip's words, from its repository (arXiv:2505.23416). */
-static const char *const request[2] = {
+static const char *const repeat_request[2] = {
     "\n\nRepeat the previous context exactly.",
     "\n\nRepeat the part of the previous context exactly, starting with ",
+};
+/* EpiCache's, from its (arXiv:2509.17396). */
+static const char *const extract_request[2] = {
+    "\n\nExtract essential information from this conversation segment. Identify speaker names, personas, key events "
+    "with dates/times, personal details, commitments, opinions, relationships, emotional moments, and unique "
+    "experiences.",
+    "",
 };
 
 /* ---- create ---- */
 
-static kvs_status tokenise_requests(kvs_session *s, int32_t *all[3], uint32_t n[3], kvs_error *err)
+static kvs_status tokenise_requests(const kvs_model *m, const char *const request[2], int32_t *all[3], uint32_t n[3],
+                                    kvs_error *err)
 {
     for (int i = 0; i < 2; i++) {
         size_t count;
-        KVS_TRY(
-            kvs_tokenize(s->model, request[i], strlen(request[i]), false, false, all[i], TEXT_TOKENS_MAX, &count, err));
+        KVS_TRY(kvs_tokenize(m, request[i], strlen(request[i]), false, false, all[i], TEXT_TOKENS_MAX, &count, err));
         n[i] = (uint32_t)count;
     }
     /* What stands between a message and its answer; a model without a known template has nothing there. */
     const kvs_message message = {"user", "x"};
     kvs_rendered r;
     n[TEXT_ANSWER] = 0;
-    if (kvs_chat_render(s->model, &message, 1, 0, true, &r, NULL) != KVS_OK)
+    if (kvs_chat_render(m, &message, 1, 0, true, &r, NULL) != KVS_OK)
         return KVS_OK;
     size_t from = r.n_tokens;
     while (from > 0 && r.flags[from - 1] & KVS_TOKEN_TEMPLATE && !(r.flags[from - 1] & KVS_TOKEN_USER))
@@ -41,10 +48,25 @@ static kvs_status tokenise_requests(kvs_session *s, int32_t *all[3], uint32_t n[
     return KVS_OK;
 }
 
+kvs_status kvs_probe_extract_tokens(const kvs_model *m, uint32_t *n_tokens, kvs_error *err)
+{
+    int32_t texts[3][TEXT_TOKENS_MAX], *all[3] = {texts[0], texts[1], texts[2]};
+    uint32_t n[3] = {0};
+    const kvs_status status = tokenise_requests(m, extract_request, all, n, err);
+    *n_tokens = n[TEXT_FIRST] + n[TEXT_ANSWER];
+    return status;
+}
+
 static bool says_again(const kvs_session *s)
 {
     return s->policy.probe != NULL &&
            (s->policy.probe->kind == KVS_PROBE_REPEAT || s->policy.probe->kind == KVS_PROBE_CONTEXT);
+}
+
+/* Its rows judge slots. */
+static bool judges(const kvs_session *s)
+{
+    return says_again(s) || (s->policy.probe != NULL && s->policy.probe->kind == KVS_PROBE_EXTRACT);
 }
 
 static uint32_t text_max(const kvs_probe *p)
@@ -86,10 +108,15 @@ kvs_status kvs_probe_create(kvs_session *s, kvs_error *err)
     if (says_again(s))
         p->chunk_tokens = p->reserve_tokens = kvs_max_u32(kvs_min_u32(wanted, quarter), 16);
     if (s->policy.probe->kind == KVS_PROBE_REPEAT) {
-        KVS_TRY(tokenise_requests(s, (int32_t **)(uintptr_t)all, p->n_text, err));
+        KVS_TRY(tokenise_requests(s->model, repeat_request, (int32_t **)(uintptr_t)all, p->n_text, err));
         p->reserve_tokens += text_max(p);
     }
-    const size_t n_most = says_again(s) ? (size_t)info->n_layers * info->n_heads * s->scratch.n_slots : 0;
+    if (s->policy.probe->kind == KVS_PROBE_EXTRACT) {
+        KVS_TRY(tokenise_requests(s->model, extract_request, (int32_t **)(uintptr_t)all, p->n_text, err));
+        p->reserve_tokens += p->n_text[TEXT_FIRST] + p->n_text[TEXT_ANSWER];
+    }
+    const bool lent = s->kin != NULL; /* its rows and ours never run at once */
+    const size_t n_most = judges(s) && !lent ? (size_t)info->n_layers * info->n_heads * s->scratch.n_slots : 0;
     p->bytes = lay_out(p, NULL, s->scratch.n_slots, n_most);
     p->block = kvs_alloc(s->allocator, 1, p->bytes);
     if (p->block == NULL) {
@@ -97,6 +124,8 @@ kvs_status kvs_probe_create(kvs_session *s, kvs_error *err)
         return kvs_error_set(err, KVS_ENOMEM, "no memory for the rows of probe %s", s->policy.probe->info.name);
     }
     lay_out(p, p->block, s->scratch.n_slots, n_most);
+    if (lent)
+        p->most = s->kin->probe.most;
     for (int i = 0; i < 3; i++)
         memcpy(p->text[i], texts[i], p->n_text[i] * sizeof(int32_t));
     return KVS_OK;
@@ -177,14 +206,22 @@ static void close_ranks(kvs_session *s)
     }
 }
 
+/* n_most is returned: most, before any row. */
+static size_t forget_most(kvs_session *s)
+{
+    const size_t n_most = (size_t)s->model->info.n_layers * s->model->info.n_heads * s->scratch.n_slots;
+    for (size_t i = 0; i < n_most; i++)
+        s->probe.most[i] = -INFINITY;
+    return n_most;
+}
+
 static kvs_status say_again(kvs_session *s, kvs_forward *f, kvs_error *err)
 {
     kvs_probe *p = &s->probe;
     const uint32_t n = read_held(s);
     const bool repeat = s->policy.probe->kind == KVS_PROBE_REPEAT;
-    const size_t n_most = (size_t)s->model->info.n_layers * s->model->info.n_heads * s->scratch.n_slots;
-    for (size_t i = 0; i < n_most; i++)
-        p->most[i] = -INFINITY;
+    const size_t n_most = forget_most(s);
+    p->apart = false;
     for (uint32_t begin = 0; begin < n; begin += p->chunk_tokens) {
         const uint32_t end = kvs_min_u32(n, begin + p->chunk_tokens);
         /* KVzip's rows share their attention over the first 4 tokens, the chunk and themselves; KVCompose's over all. */
@@ -199,6 +236,31 @@ static kvs_status say_again(kvs_session *s, kvs_forward *f, kvs_error *err)
         p->most[i] = kvs_expf(p->most[i]);
     close_ranks(s);
     return KVS_OK;
+}
+
+/* The request and an episode's words, which judge all that is held. */
+static kvs_status ask_to_extract(kvs_session *s, kvs_forward *f, kvs_error *err)
+{
+    kvs_probe *p = &s->probe;
+    const size_t n_most = forget_most(s);
+    p->first_end = p->begin = 0;
+    p->end = (int32_t)s->n_tokens;
+    p->apart = true;
+    uint32_t n = put_tokens(p, 0, p->text[TEXT_FIRST], p->n_text[TEXT_FIRST]);
+    n = put_tokens(p, n, p->text[TEXT_ANSWER], p->n_text[TEXT_ANSWER]);
+    n = put_tokens(p, n, p->words, p->n_words);
+    const kvs_status status = run_rows(s, f, n, KVS_ROWS_JUDGE, err);
+    kvs_cache_truncate(s->cache, (int32_t)s->n_tokens);
+    for (size_t i = 0; i < n_most; i++)
+        p->most[i] = kvs_expf(p->most[i]);
+    close_ranks(s);
+    return status;
+}
+
+void kvs_probe_set_words(kvs_session *s, const int32_t *tokens, uint32_t n)
+{
+    s->probe.words = tokens;
+    s->probe.n_words = n;
 }
 
 /* The slots of one head that rows share their attention over: where they stand. */
@@ -217,7 +279,7 @@ static shared_slots list_slots(const kvs_probe *p, const kvs_view_scratch *t, co
         for (uint64_t bits = pages[page].live; bits != 0; bits &= bits - 1, i++) {
             const int32_t pos = t->pos[i];
             const bool judged = pos >= p->begin && pos < p->end;
-            if (!judged && pos >= p->first_end && pos < n_tokens)
+            if (!judged && pos >= p->first_end && (p->apart || pos < n_tokens))
                 continue;
             if (judged && out.n_judged++ == 0) {
                 out.judged = out.n;
@@ -289,7 +351,7 @@ void kvs_probe_record(const kvs_attend_run *run, const kvs_forward *f, uint32_t 
         for (uint32_t r = 0; r < job.n_rows; r++) {
             const double less = log_length(s, f, run->row0 + row + r);
             for (uint32_t g = 0; g < group; g++)
-                judge_row(m->kernels, &slots, slots.n - (run->n_rows - row - r) + 1, less,
+                judge_row(m->kernels, &slots, s->probe.apart ? slots.n : slots.n - (run->n_rows - row - r) + 1, less,
                           t->physical + (r * group + g) * stride, most + (size_t)g * s->scratch.n_slots);
         }
     }
@@ -375,6 +437,8 @@ kvs_status kvs_probe_before(kvs_session *s, kvs_forward *f, kvs_error *err)
     case KVS_PROBE_REPEAT:
     case KVS_PROBE_CONTEXT:
         return say_again(s, f, err);
+    case KVS_PROBE_EXTRACT:
+        return ask_to_extract(s, f, err);
     case KVS_PROBE_PROMPT:
         return look_from_the_prompt(s, f, err);
     default:

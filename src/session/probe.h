@@ -19,6 +19,9 @@ typedef struct kvs_probe {
         most; /* [n_heads][group][n_slots] largest probability so far, or of it over the row's length; its logarithm while rows run */
     /* While rows run: which slots they share their attention over besides themselves, and which of them are judged. */
     int32_t first_end, begin, end; /* pos below first_end, or in [begin, end): judged are the latter */
+    bool apart;                    /* not even themselves */
+    const int32_t *words;          /* [n_words] of an episode, behind the request; the owner keeps them */
+    uint32_t n_words;
     void *block;
     uint64_t bytes;
 } kvs_probe;
@@ -33,6 +36,10 @@ kvs_status kvs_probe_before(struct kvs_session *s, struct kvs_forward *f, kvs_er
 kvs_status kvs_probe_on_kept(struct kvs_session *s, struct kvs_forward *f, const uint8_t *keep, size_t stride,
                              kvs_error *err);
 bool kvs_probe_wants_kept(const struct kvs_session *s);
+/* Tokens of the request that the probe extract begins with. */
+kvs_status kvs_probe_extract_tokens(const kvs_model *m, uint32_t *n_tokens, kvs_error *err);
+/* What the probe extract says behind its request, borrowed until it is set anew; at most its parameter `text`. */
+void kvs_probe_set_words(struct kvs_session *s, const int32_t *tokens, uint32_t n);
 /* After the eviction: forgets the rows' queries. */
 void kvs_probe_end(struct kvs_session *s);
 /* From attention, after a layer's scores can be had: records what the rows of a run give the slots of one head. */

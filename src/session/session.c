@@ -12,6 +12,15 @@ void kvs_session_options_default(kvs_session_options *opt)
     *opt = (kvs_session_options){.kv_type = KVS_KV_F16, .arith = KVS_ARITH_NATIVE, .seed = 1};
 }
 
+/* Even shares that one layer may keep, rounded up. */
+static uint32_t layer_share_max(const kvs_session *s)
+{
+    double most = 1;
+    for (uint32_t l = 0; s->layer_share != NULL && l < s->model->info.n_layers; l++)
+        most = s->layer_share[l] > most ? s->layer_share[l] : most;
+    return (uint32_t)__builtin_ceil(most);
+}
+
 /* n_held: slots of the fullest head that a fork takes over. */
 static kvs_cache_config cache_config(const kvs_session *s, uint32_t n_held)
 {
@@ -28,11 +37,12 @@ static kvs_cache_config cache_config(const kvs_session *s, uint32_t n_held)
     };
     /* A budget in bytes lets a ragged policy give one head most of it; uniform ones need the share of one. */
     const uint32_t share = c.budget_tokens != 0 ? c.budget_tokens : kvs_cache_tokens_for_bytes(&c, c.budget_bytes);
-    uint64_t most = (uint64_t)share + KVS_PAGE_SLOTS;
-    c.ragged = kvs_policy_is_ragged(&s->policy);
-    if (c.ragged) /* one head may get several even shares; how many is the budget stage's to say */
+    uint64_t most = ((uint64_t)share + KVS_PAGE_SLOTS) * layer_share_max(s);
+    if (kvs_policy_is_ragged(
+            &s->policy)) /* one head may get several even shares; how many is the budget stage's to say */
         most *=
             s->policy.budget == NULL || s->policy.budget->share_max == 0 ? i->n_kv_heads : s->policy.budget->share_max;
+    c.ragged = s->layer_share != NULL || kvs_policy_is_ragged(&s->policy);
     most = most > (uint64_t)n_held + KVS_PAGE_SLOTS ? most : (uint64_t)n_held + KVS_PAGE_SLOTS;
     c.slots_max = most < UINT32_MAX ? (uint32_t)most : UINT32_MAX;
     return c;
@@ -225,13 +235,23 @@ kvs_status kvs_session_create_profiled(kvs_model *m, const kvs_session_options *
 {
     kvs_session_options defaults;
     kvs_session_options_default(&defaults);
+    return kvs_session_create_kin(m, opt != NULL ? opt : &defaults, &(kvs_kinship){.profile = profile}, out, err);
+}
+
+kvs_status kvs_session_create_kin(kvs_model *m, const kvs_session_options *opt, const kvs_kinship *kinship,
+                                  kvs_session **out, kvs_error *err)
+{
     *out = NULL;
     kvs_session *s;
-    KVS_TRY(session_new(m, opt != NULL ? opt : &defaults, &s, err));
-    const kvs_cache_config config = cache_config(s, 0);
-    kvs_status status = kvs_cache_create(&config, &s->cache, err);
-    if (status == KVS_OK && profile != NULL)
-        status = kvs_profile_copy(profile, s->allocator, &s->profile, err);
+    KVS_TRY(session_new(m, opt, &s, err));
+    s->kin = kinship->first;
+    s->layer_share = kinship->layer_share;
+    kvs_cache_config config = cache_config(s, 0);
+    config.own_tokens = kinship->own_tokens;
+    kvs_status status = s->kin == NULL ? kvs_cache_create(&config, &s->cache, err)
+                                       : kvs_cache_fork(s->kin->cache, &config, &s->cache, err);
+    if (status == KVS_OK && kinship->profile != NULL)
+        status = kvs_profile_copy(kinship->profile, s->allocator, &s->profile, err);
     if (status == KVS_OK)
         status = finish_create(s, err);
     if (status != KVS_OK) {

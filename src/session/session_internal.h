@@ -57,6 +57,15 @@ typedef struct kvs_evict_scratch {
     uint64_t bytes;
 } kvs_evict_scratch;
 
+/* Sessions that are never in work at once and keep one budget between them (episodes.c): they draw from one store of
+ * blocks, and all but the first borrow the first one's scratch. */
+typedef struct kvs_kinship {
+    struct kvs_session *first;  /* outlives the others and still holds nothing; NULL: this is it */
+    uint32_t own_tokens;        /* slots in every head that this one adds to the store; 0: as many as its budget */
+    const double *layer_share;  /* as in kvs_session */
+    const kvs_profile *profile; /* that no file has yet; NULL: what the spec names */
+} kvs_kinship;
+
 struct kvs_session {
     kvs_model *model;
     const kvs_allocator *allocator;
@@ -82,12 +91,15 @@ struct kvs_session {
     kvs_turn_log turns; /* its memory is among scratch's bytes */
     kvs_query_log queries;
     kvs_ffn_skip ffn;
-    kvs_watch *watch; /* borrowed, or NULL */
+    kvs_watch *watch;    /* borrowed, or NULL */
     kvs_profile profile; /* of the budget stage's file */
     kvs_probe probe;
     int32_t probe_token;    /* what a lookahead begins with */
     const int32_t *pending; /* prompt tokens still to come in the call that is under way, or NULL */
     uint32_t n_pending;
+    kvs_session *kin; /* whose scratch this one borrows, or NULL */
+    const double
+        *layer_share;        /* [n_layers] what a layer keeps, in even shares of a layer; NULL: 1. The owner keeps it */
     uint64_t *sentence_ends; /* [ceil(vocab / 64)] a bit a token, or NULL: only where selection asks */
     kvs_sentence_log sentences;
     kvs_steer steer;
@@ -164,6 +176,11 @@ kvs_status kvs_session_forward(kvs_session *s, kvs_forward **out, kvs_error *err
 /* As kvs_session_create with a profile that no file has yet, in place of the one that the spec names. */
 kvs_status kvs_session_create_profiled(kvs_model *m, const kvs_session_options *opt, const kvs_profile *profile,
                                        kvs_session **out, kvs_error *err);
+/* session.c: as kvs_session_create. */
+kvs_status kvs_session_create_kin(kvs_model *m, const kvs_session_options *opt, const kvs_kinship *kinship,
+                                  kvs_session **out, kvs_error *err);
+/* Rows of the conversation that fit before anything is evicted. */
+uint32_t kvs_session_room(const kvs_session *s);
 
 /* The noise floor: from now on this session's inputs are nudged by one rounding step, up or down by the seed. */
 void kvs_session_perturb(kvs_session *s, uint64_t seed);

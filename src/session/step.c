@@ -96,7 +96,7 @@ static void mark_schedule(kvs_session *s)
 }
 
 /* Rows of the conversation that fit, room for the probe's rows left free. */
-static uint32_t room_of(const kvs_session *s)
+uint32_t kvs_session_room(const kvs_session *s)
 {
     const uint32_t room = kvs_cache_room(s->cache), reserve = s->probe.reserve_tokens;
     return room > reserve ? room - reserve : 0;
@@ -144,7 +144,7 @@ static kvs_status plan_compat(kvs_session *s, kvs_forward *f, const kvs_run *run
         if (!p.act)
             *n_rows = kvs_min_u32(kvs_min_u32(left, s->chunk_tokens), p.rows_max);
     }
-    const uint32_t room = room_of(s);
+    const uint32_t room = kvs_session_room(s);
     if (room == 0)
         return refuse(s, left, err);
     *n_rows = rows_of_one_kind(run, at, kvs_min_u32(*n_rows, room));
@@ -170,7 +170,7 @@ static kvs_status plan_rows(kvs_session *s, kvs_forward *f, const kvs_run *run, 
         mark_schedule(s);
         p = consult_schedule(s, answer);
     }
-    uint32_t room = room_of(s);
+    uint32_t room = kvs_session_room(s);
     if (hold && room < left && is_answer(run, run->n_tokens - 1) == answer)
         return kvs_error_set(err, KVS_EBUDGET,
                              "prefill full needs room for the whole prompt: %u more tokens, room for %u; raise the "
@@ -184,7 +184,7 @@ static kvs_status plan_rows(kvs_session *s, kvs_forward *f, const kvs_run *run, 
             KVS_TRY(kvs_evict(s, f, kvs_keep_default(s), path, "budget", &progress, err));
         if (!progress)
             return refuse(s, left, err);
-        room = room_of(s);
+        room = kvs_session_room(s);
     }
     uint32_t n = kvs_min_u32(kvs_min_u32(left, room), s->chunk_tokens);
     /* A trigger that eviction cannot satisfy (keep above it) still lets one row through: it is asked again after. */

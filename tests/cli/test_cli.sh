@@ -75,6 +75,9 @@ expect flag_with_value 2 "takes no value" run -p x --chat=yes
 expect no_prompt 2 "needs a prompt" run
 expect no_operand 2 "needs DIR" report
 expect too_many_operands 2 "one word too many" report a b
+expect episodes_two 2 "one number in a chat" chat --episodes 2,3
+expect episodes_policy 2 "no --policy" chat --episodes 2 --policy streaming
+expect episodes_alone 2 "with --recall" eval --episodes 2 --dialogue b
 expect two_texts 2 "and not both" eval --text a --dialogue b
 expect no_kind 2 "needs KIND" profile --text a -o b
 expect wrong_kind 2 "did you mean 'sensitivity'" profile sensitivty --text a -o b
@@ -170,6 +173,11 @@ for line in open(d + "/k.jsonl"):
     assert k["pos"] == list(range(rows)) and len(k["rope_pos"]) == rows, "layer %d lost tokens" % k["layer"]
 PY
     then ok eval_of_the_baseline_is_exact; else not_ok eval_of_the_baseline_is_exact "$(tail -n 1 "$tmp/why")"; fi
+    printf '{"messages":[{"role":"user","content":"Hi"},{"role":"assistant","content":"Hello"}]}\n' >"$tmp/talk.jsonl"
+    expect no_episodes 1 "0 episodes are asked for: 1 to 64" chat --episodes 0 --dialogue "$tmp/talk.jsonl"
+    expect more_episodes_than_windows 1 "at most 1" chat --episodes 2 --dialogue "$tmp/talk.jsonl"
+    expect episodes_without_history 1 "needs a history" chat --episodes 2
+    expect recall_without_budget 2 "needs --budget" eval --recall 1 --episodes 2
     expect missing_dialogue 1 "none.jsonl" eval --dialogue "$tmp/none.jsonl"
     expect no_template 1 "template" run -p x --template other
     expect model_shape 0 "n_kv_heads" inspect "$("$kvasir" doctor --json | python3 -c 'import json,sys; print(json.load(sys.stdin)["model"])')"
