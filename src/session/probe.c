@@ -190,7 +190,7 @@ static kvs_status say_again(kvs_session *s, kvs_forward *f, kvs_error *err)
 /* The slots of one head that rows share their attention over: where they stand. */
 typedef struct shared_slots {
     uint32_t *physical; /* [n], ascending; rows of the probe stand at the end */
-    uint32_t n;
+    uint32_t n, n_held; /* n_held: slots of the head without the probe's rows, what a view will count */
     uint32_t judged, judged_live, n_judged; /* the first that is judged: here, and among the live ones */
 } shared_slots;
 
@@ -203,6 +203,7 @@ static shared_slots list_slots(const kvs_probe *p, const kvs_view_scratch *t, co
         for (uint64_t bits = pages[page].live; bits != 0; bits &= bits - 1, i++) {
             const int32_t pos = t->pos[i];
             const bool judged = pos >= p->begin && pos < p->end;
+            out.n_held += pos < n_tokens;
             if (!judged && pos >= p->first_end && pos < n_tokens)
                 continue;
             if (judged && out.n_judged++ == 0) {
@@ -262,7 +263,7 @@ void kvs_probe_record(const kvs_attend_run *run, const kvs_forward *f, uint32_t 
         for (uint32_t r = 0; r < job.n_rows; r++)
             for (uint32_t g = 0; g < group; g++)
                 judge_row(m->kernels, &slots, slots.n - (run->n_rows - row - r) + 1,
-                          t->physical + (r * group + g) * stride, most + (size_t)g * s->scratch.n_slots);
+                          t->physical + (r * group + g) * stride, most + (size_t)g * slots.n_held);
     }
 }
 
