@@ -33,7 +33,8 @@ define build
 	    echo "built $(2) in $(1) ($$(( $$(date +%s) - start )) s)"
 endef
 
-.PHONY: all setup bench methods test test-neon oracle-llama oracle-transformers asan tsan lint fuzz bench-kernels compare-speed warnings install \
+.PHONY: all setup bench methods test test-neon oracle-llama oracle-keep oracle-transformers oracle oracle-kvpress asan tsan lint fuzz \
+        bench-kernels compare-speed warnings install \
         clean help $(BUILD)/kvasir
 
 all: setup ## build/kvasir and libkvasir.so
@@ -78,6 +79,16 @@ oracle-llama: setup ## Kvasir's logits against libllama's
 oracle-transformers: setup ## --arith f32 against transformers in f32 (optional: 3 GB from PyPI, once)
 	$(call build,$(BUILD),kvasir,)
 	@scripts/oracle-transformers --kvasir $(BUILD)/kvasir $(ARGS) || { [ $$? = 77 ] && echo "skipped"; }
+
+oracle: oracle-kvpress
+
+oracle-kvpress: setup ## keep sets beside those of kvpress (optional: 3 GB from PyPI, once); more with ARGS="--all"
+	$(call build,$(BUILD),kvasir,)
+	@scripts/oracle-kvpress --kvasir $(BUILD)/kvasir $(ARGS) || { [ $$? = 77 ] && echo "skipped"; }
+
+oracle-keep: setup ## keep sets beside those that kvpress chose once (tests/oracle/kvpress_keep.json)
+	$(call build,$(BUILD),kvasir,)
+	@scripts/oracle-kvpress --fixture --kvasir $(BUILD)/kvasir $(ARGS) || { [ $$? = 77 ] && echo "skipped"; }
 
 asan: setup ## unit tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(call build,$(BUILD)-asan,unit-tests,-DKVS_SANITIZE=address$(comma)undefined)
