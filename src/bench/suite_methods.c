@@ -93,6 +93,8 @@ static const char *pattern_of(const char *name)
     return name;
 }
 
+enum { REQUEST_TOKENS = 192 }; /* EpiCache's, and the template round it: more than they have */
+
 /* A probe that says again what is held costs that much at every eviction; its papers run it once, on the full cache. */
 static bool wants_full_first(const char *spec)
 {
@@ -131,7 +133,7 @@ static kvs_status add_cell(grid *g, const char *spec, bool full_first, const cha
     else if (kvs_policy_is_ragged(&p)) /* its last page of each head is half empty on average: the cap is in pages */
         r->budget_tokens += 64;
     if (!full_first && p.probe != NULL)
-        r->budget_tokens += (uint32_t)p.probe_params[0];
+        r->budget_tokens += (uint32_t)p.probe_params[0] + (p.probe->kind == KVS_PROBE_EXTRACT ? REQUEST_TOKENS : 0);
     snprintf(r->position, sizeof r->position, "%s", position);
     snprintf(r->id, sizeof r->id, "%.110s%s/%s/%.20s", spec, full_first ? " (full first)" : "", position, budget);
     snprintf(r->label, sizeof r->label, "%.80s%s", spec, full_first ? " (full first)" : "");
@@ -175,13 +177,18 @@ static kvs_status add_spec(grid *g, const char *spec, bool full_first, kvs_error
     return KVS_OK;
 }
 
-/* One that needs a file does not parse by its name alone: it is not run. */
+/* Budgets whose shares stand in a file of the model's are not of the grid: a suite knows no such file. */
+static bool runs_alone(const char *spec, kvs_policy *p)
+{
+    return kvs_policy_parse(spec, NULL, false, p, NULL) == KVS_OK && (p->budget == NULL || p->budget->file == NULL);
+}
+
 static kvs_status add_presets(grid *g, kvs_error *err)
 {
     const kvs_policy_ops *ops;
     for (uint32_t i = 0; (ops = kvs_policy_at(i)) != NULL; i++) {
         kvs_policy p;
-        if (ops->never_evicts || kvs_policy_parse(ops->name, NULL, false, &p, NULL) != KVS_OK)
+        if (ops->never_evicts || !runs_alone(ops->name, &p))
             continue;
         KVS_TRY(add_spec(g, ops->name, wants_full_first(ops->name), err));
     }
@@ -196,8 +203,7 @@ static kvs_status add_stages(grid *g, kvs_error *err)
     for (uint32_t i = 0; kvs_budget_at(i) != NULL; i++) {
         const char *name = kvs_budget_at(i)->info.name;
         snprintf(spec, sizeof spec, "snapkv +budget=%.60s", name);
-        if (strcmp(name, "ada") != 0 && strcmp(name, "pyramid") != 0 &&
-            kvs_policy_parse(spec, NULL, false, &p, NULL) == KVS_OK)
+        if (strcmp(name, "ada") != 0 && strcmp(name, "pyramid") != 0 && runs_alone(spec, &p))
             KVS_TRY(add_spec(g, spec, false, err));
     }
     for (uint32_t i = 0; kvs_select_at(i) != NULL; i++) {

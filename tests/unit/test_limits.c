@@ -210,7 +210,14 @@ static void share(const char *spec, uint32_t n_heads, uint32_t even, uint32_t *k
         n_slots[h] = HELD;
         n_even[h] = keep[h] = even;
     }
-    const kvs_budget_view v = {LAYERS, n_heads, n_slots, n_protected, n_even, shared, HELD, keys};
+    const kvs_budget_view v = {.n_layers = LAYERS,
+                               .n_kv_heads = n_heads,
+                               .n_slots = n_slots,
+                               .n_protected = n_protected,
+                               .n_even = n_even,
+                               .scores = shared,
+                               .stride = HELD,
+                               .keys = keys};
     p.budget->allocate(p.budget_params, &v, keep);
 }
 

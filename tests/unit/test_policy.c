@@ -539,7 +539,7 @@ static void what_is_wrong_is_named_and_the_right_word_suggested(void **state)
         {"snapkv +select=chunk +budget=global", "+select=chunk keeps one set", "+budget=global"},
         {"knorm +probe=lookahead", "+probe=lookahead", "knorm does not look at"},
         {"h2o +probe=repeat", "+probe=repeat", "h2o does not look at"},
-        {"kvzip +probe=none", "kvzip scores by what probe rows attend to", "+probe=context"},
+        {"kvzip +probe=none", "kvzip scores by what probe rows attend to", "context or extract"},
         {"baseline +budget=ada", "baseline never evicts", "ada"},
         {"snapkv:window=513", "window '513'", "from 1 to 512"},
         {"snapkv +budget=ada:floor=1.5", "ada: floor '1.5'", "from 0 to 1"},
