@@ -21,7 +21,8 @@ typedef struct kvs_profile_run {
 kvs_status kvs_profile_session(kvs_profile_run *r, const char *policy, uint32_t budget_tokens,
                                const kvs_profile *profile, kvs_session **out);
 /* Appends tokens, seen by watch (fn NULL: by nobody); progress and cancel. */
-kvs_status kvs_profile_extend(kvs_profile_run *r, kvs_session *s, const int32_t *tokens, uint32_t n, kvs_forward_watch watch);
+kvs_status kvs_profile_extend(kvs_profile_run *r, kvs_session *s, const int32_t *tokens, uint32_t n,
+                              kvs_forward_watch watch);
 /* Cosine of a and b [n] in double; 0 where either is 0. */
 double kvs_profile_cosine(const float *a, const float *b, uint32_t n);
 uint32_t kvs_profile_shortest(const kvs_profile_run *r);

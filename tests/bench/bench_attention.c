@@ -59,7 +59,8 @@ static void fill_pages(bench *b)
     b->pages = take((size_t)HEADS * PAGES, sizeof *b->pages);
     b->rope_pos = take(DEPTH_MAX, sizeof *b->rope_pos);
     b->key_rot = take(DEPTH_MAX, sizeof *b->key_rot);
-    for (size_t p = 0; p < (size_t)HEADS * PAGES; p++) { /* where a cache has them: a chunk's pages of a head together */
+    for (size_t p = 0; p < (size_t)HEADS * PAGES;
+         p++) { /* where a cache has them: a chunk's pages of a head together */
         const size_t head = p / PAGES, page = p % PAGES;
         const size_t block = (page / CHUNK_PAGES * HEADS + head) * CHUNK_PAGES + page % CHUNK_PAGES;
         b->pages[p] = (kvs_page_view){.k = kv + block * page_halfs,
