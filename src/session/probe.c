@@ -158,7 +158,8 @@ static kvs_status run_rows(kvs_session *s, kvs_forward *f, uint32_t n, kvs_row_u
 
 static uint32_t put_tokens(kvs_probe *p, uint32_t at, const int32_t *tokens, uint32_t n)
 {
-    memcpy(p->tokens + at, tokens, n * sizeof *tokens);
+    if (n > 0) /* an episode may have no words */
+        memcpy(p->tokens + at, tokens, n * sizeof *tokens);
     return at + n;
 }
 
