@@ -56,8 +56,8 @@ bench: setup ## the main job: build/kvasir bench --suite demo (more with ARGS=".
 
 # docs/methods.md from the registry and a run: two shards of one thread, which --resume puts together.
 METHODS_OUT ?= kvasir-bench-methods
-METHODS_ORACLE ?=
-methods: setup ## every preset at 10, 20, 50 % of the cache, then docs/methods.md (an hour at most; METHODS_ORACLE=FILE.json)
+METHODS_ORACLE ?= tests/oracle/kvpress_table.json
+methods: setup ## every preset at 10, 20, 50 % of the cache, then docs/methods.md (an hour at most)
 	$(call build,$(BUILD),kvasir,)
 	$(BUILD)/kvasir bench --suite methods --out $(METHODS_OUT) --threads 1 --shard 1/2 $(ARGS) >/dev/null & other=$$!; \
 	    $(BUILD)/kvasir bench --suite methods --out $(METHODS_OUT) --threads 1 --shard 0/2 $(ARGS) >/dev/null; \
