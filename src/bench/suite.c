@@ -137,12 +137,12 @@ static uint32_t placeholder(char c, uint32_t trigger)
     }
 }
 
-static void fill(const char *pattern, uint32_t trigger, char *out, size_t cap)
+void kvs_suite_fill(const char *pattern, uint32_t (*value)(char c, uint32_t base), uint32_t base, char *out, size_t cap)
 {
     size_t at = 0;
     while (*pattern != '\0' && at + 12 < cap) {
         if (pattern[0] == '{' && pattern[1] != '\0' && pattern[2] == '}') {
-            at += (size_t)snprintf(out + at, cap - at, "%u", placeholder(pattern[1], trigger));
+            at += (size_t)snprintf(out + at, cap - at, "%u", value(pattern[1], base));
             pattern += 3;
         } else {
             out[at++] = *pattern++;
@@ -233,8 +233,8 @@ kvs_status kvs_suite_runs(const kvs_suite *suite, const kvs_bench_options *opt, 
         for (uint32_t m = 0; m < n_positions; m++)
             for (uint32_t b = 0; b < n_budgets; b++) {
                 char spec[320];
-                fill(opt->n_policies > 0 ? opt->policies[p] : suite->policies[p], suite->trigger_tokens, spec,
-                     sizeof spec);
+                kvs_suite_fill(opt->n_policies > 0 ? opt->policies[p] : suite->policies[p], placeholder,
+                               suite->trigger_tokens, spec, sizeof spec);
                 if (strncmp(spec, "baseline", 8) == 0)
                     continue; /* always run 0 */
                 KVS_TRY(add_run(&g, spec, positions[m], opt->n_budgets > 0 ? opt->budgets[b] : NULL,

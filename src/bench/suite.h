@@ -54,4 +54,8 @@ kvs_status kvs_suite_registry_runs(const kvs_suite *suite, const kvs_bench_optio
 /* Run 0 of every grid. */
 void kvs_suite_reference(kvs_bench_run_spec *run);
 
+/* pattern with each {c} replaced by value(c, base). A text that does not fit is cut. */
+void kvs_suite_fill(const char *pattern, uint32_t (*value)(char c, uint32_t base), uint32_t base, char *out,
+                    size_t cap);
+
 #endif

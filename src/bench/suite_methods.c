@@ -71,20 +71,6 @@ static uint32_t placeholder(char c, uint32_t keep)
     }
 }
 
-static void fill(const char *pattern, uint32_t keep, char *out, size_t cap)
-{
-    size_t at = 0;
-    while (*pattern != '\0' && at + 12 < cap) {
-        if (pattern[0] == '{' && pattern[1] != '\0' && pattern[2] == '}') {
-            at += (size_t)snprintf(out + at, cap - at, "%u", placeholder(pattern[1], keep));
-            pattern += 3;
-        } else {
-            out[at++] = *pattern++;
-        }
-    }
-    out[at] = '\0';
-}
-
 static const char *pattern_of(const char *name)
 {
     for (size_t i = 0; i < sizeof scaled / sizeof *scaled; i++)
@@ -114,7 +100,7 @@ static kvs_status add_cell(grid *g, const char *spec, bool full_first, const cha
     kvs_bench_run_spec *r = &g->runs[g->n];
     *r = (kvs_bench_run_spec){0};
     char text[320];
-    fill(pattern_of(spec), keep, text, sizeof text);
+    kvs_suite_fill(pattern_of(spec), placeholder, keep, text, sizeof text);
     int length;
     if (full_first)
         length = snprintf(r->policy, sizeof r->policy, "%s +protect=none +keep=%utok +schedule=once:%utok", text, keep,
