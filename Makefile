@@ -56,13 +56,14 @@ bench: setup ## the main job: build/kvasir bench --suite demo (more with ARGS=".
 
 # docs/methods.md from the registry and a run: two shards of one thread, which --resume puts together.
 METHODS_OUT ?= kvasir-bench-methods
+METHODS = $(BUILD)/kvasir bench --suite methods --out $(METHODS_OUT) --profiles docs/profiles --threads 1
 METHODS_ORACLE ?= tests/oracle/kvpress_table.json
-methods: setup ## every preset at 10, 20, 50 % of the cache, then docs/methods.md (an hour at most)
+methods: setup ## every preset at 10, 20, 50 % of the cache, then docs/methods.md (an hour and a quarter)
 	$(call build,$(BUILD),kvasir,)
-	$(BUILD)/kvasir bench --suite methods --out $(METHODS_OUT) --threads 1 --shard 1/2 $(ARGS) >/dev/null & other=$$!; \
-	    $(BUILD)/kvasir bench --suite methods --out $(METHODS_OUT) --threads 1 --shard 0/2 $(ARGS) >/dev/null; \
+	$(METHODS) --shard 1/2 $(ARGS) >/dev/null & other=$$!; \
+	    $(METHODS) --shard 0/2 $(ARGS) >/dev/null; \
 	    first=$$?; wait $$other && exit $$first
-	$(BUILD)/kvasir bench --suite methods --out $(METHODS_OUT) --threads 1 --resume $(ARGS) >/dev/null
+	$(METHODS) --resume $(ARGS) >/dev/null
 	scripts/methods-doc $(METHODS_OUT) --kvasir $(BUILD)/kvasir $(if $(METHODS_ORACLE),--oracle $(METHODS_ORACLE))
 
 test: setup ## unit tests, no network; the last line is "N passed, N failed"

@@ -502,6 +502,9 @@ static kvs_status make_registry_runs(bench *b, kvs_error *err)
     json_t *model = model_json(b);
     b->scaled.token_bytes = (uint64_t)json_integer_value(json_object_get(model, "kv_bytes_per_token"));
     json_decref(model);
+    kvs_model_info i;
+    kvs_model_get_info(b->model, &i);
+    b->scaled.model = (kvs_profile_model){kvs_model_sha256(b->model), i.n_layers, i.n_kv_heads};
     return kvs_suite_registry_runs(&b->scaled, b->opt, b->runs, &b->n_runs, err);
 }
 

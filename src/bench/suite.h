@@ -3,6 +3,7 @@
 #define KVS_BENCH_SUITE_H
 
 #include "bench/runner.h"
+#include "policy/profile.h"
 
 enum { KVS_BENCH_RUNS_MAX = 480 };
 
@@ -21,7 +22,9 @@ typedef struct kvs_suite {
     /* Of a suite that walks the registry (suite_methods.c), else 0. */
     bool registry;
     uint32_t score_from_tokens; /* what stands before is read and not scored */
-    uint64_t token_bytes;       /* K and V of a token, all heads: the runner fills it in */
+    /* What only the model knows; the runner fills it in. */
+    uint64_t token_bytes; /* K and V of a token, all heads */
+    kvs_profile_model model;
 } kvs_suite;
 
 /* One cell of the grid. */
@@ -48,7 +51,7 @@ kvs_status kvs_suite_runs(const kvs_suite *suite, const kvs_bench_options *opt, 
                           uint32_t *n_runs, kvs_error *err);
 
 /* The same of a suite that walks the registry: each preset and the combinations that papers name, held at three shares of
- * the dialogue's length. suite->token_bytes is filled in. */
+ * the dialogue's length. suite->token_bytes and suite->model are filled in. EIO: the profiles' folder cannot be read. */
 kvs_status kvs_suite_registry_runs(const kvs_suite *suite, const kvs_bench_options *opt, kvs_bench_run_spec *runs,
                                    uint32_t *n_runs, kvs_error *err);
 /* Run 0 of every grid. */

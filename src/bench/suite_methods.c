@@ -14,12 +14,17 @@ static const uint32_t share_percent[N_SHARES] = {10, 20, 50};
 
 /* {K} is what a run keeps, {G} and {R} the paper script's gist and recent (2,000 of 4,800 and the rest), {g} and {r} its
  * attentive strategy's (512 and 2,048 of 4,800): those presets count in slots, and their defaults are longer than a
- * dialogue of this suite. */
+ * dialogue of this suite. Streaming heads keep a quarter of {K}, divided as the papers do (128:256, 128:1,024, 4 and the
+ * query): at their own sizes no head would have less than an even share. */
 static const struct {
     const char *name, *spec;
 } scaled[] = {
     {"sliding_window_gist", "sliding_window_gist:gist={G},recent={R}"},
     {"sliding_window_gist_attentive", "sliding_window_gist_attentive:gist={g},recent={r}"},
+    {"duo", "duo +budget=roles:share=0.5,sinks={d},recent={D}"},
+    {"prulong", "prulong +budget=roles:share=0.7,sinks={p},recent={P}"},
+    {"kvzip-head", "kvzip-head +budget=roles:share=0.4,sinks=4,recent={q}"},
+    {"snapkv +budget=roles", "snapkv +budget=roles:share=0.5,sinks={d},recent={D}"},
 };
 
 /* Claims of the form "improves every host", each beside its host among the presets. */
@@ -66,6 +71,16 @@ static uint32_t placeholder(char c, uint32_t keep)
         return keep - gist;
     case 'g':
         return (uint32_t)(512 * scale + 0.5);
+    case 'd':
+        return keep / 12;
+    case 'D':
+        return keep / 6;
+    case 'p':
+        return keep / 36;
+    case 'P':
+        return keep * 2 / 9;
+    case 'q':
+        return keep / 4;
     default:
         return (uint32_t)(2048 * scale + 0.5);
     }
@@ -77,6 +92,37 @@ static const char *pattern_of(const char *name)
         if (strcmp(scaled[i].name, name) == 0)
             return scaled[i].spec;
     return name;
+}
+
+/* Puts `file` behind the choice whose file it is, as duo:file=PATH or snapkv +budget=lukv:file=PATH. */
+static void insert_file(const char *spec, const char *file, char *out, size_t cap_bytes)
+{
+    const char *at = strstr(spec, "+budget=");
+    at = at == NULL ? spec : at + strlen("+budget=");
+    at += strcspn(at, ": +");
+    const bool more = *at == ':';
+    snprintf(out, cap_bytes, "%.*s:file=%s%s%s", (int)(at - spec), spec, file, more ? "," : "", more ? at + 1 : at);
+}
+
+/* Whose file is not given and not found: *missing. Else the spec, with the file that fits this model and its hash. */
+static kvs_status with_file(const grid *g, const char *spec, char *out, size_t cap_bytes, bool *missing, kvs_error *err)
+{
+    char path[337], sha256[KVS_PROFILE_SHA_BYTES], file[KVS_POLICY_FILE_BYTES];
+    kvs_policy p;
+    snprintf(out, cap_bytes, "%s", spec);
+    KVS_TRY(kvs_policy_parse(spec, NULL, false, &p, err));
+    *missing = p.budget != NULL && p.budget->file != NULL && p.budget_file[0] == '\0';
+    if (!*missing || g->opt->profiles_dir == NULL)
+        return KVS_OK;
+    const char *const prefer = p.ops->budget != NULL ? p.ops->name : p.budget->info.name;
+    KVS_TRY(kvs_profile_find(g->opt->profiles_dir, p.budget->file, prefer, &g->suite->model, path, sizeof path, sha256,
+                             err));
+    if (path[0] == '\0')
+        return KVS_OK;
+    *missing = false;
+    snprintf(file, sizeof file, "%.336s,hash=%.*s", path, KVS_POLICY_HASH_BYTES - 1, sha256);
+    insert_file(spec, file, out, cap_bytes);
+    return KVS_OK;
 }
 
 enum { REQUEST_TOKENS = 192 }; /* EpiCache's, and the template round it: more than they have */
@@ -99,8 +145,12 @@ static kvs_status add_cell(grid *g, const char *spec, bool full_first, const cha
         return kvs_error_set(err, KVS_EINVAL, "the grid has more than %d runs", KVS_BENCH_RUNS_MAX);
     kvs_bench_run_spec *r = &g->runs[g->n];
     *r = (kvs_bench_run_spec){0};
-    char text[320];
-    kvs_suite_fill(pattern_of(spec), placeholder, keep, text, sizeof text);
+    char filled[320], text[sizeof r->policy];
+    bool missing;
+    kvs_suite_fill(pattern_of(spec), placeholder, keep, filled, sizeof filled);
+    KVS_TRY(with_file(g, filled, text, sizeof text, &missing, err));
+    if (missing)
+        return KVS_OK; /* left out: no file of this model's */
     int length;
     if (full_first)
         length = snprintf(r->policy, sizeof r->policy, "%s +protect=none +keep=%utok +schedule=once:%utok", text, keep,
@@ -163,20 +213,13 @@ static kvs_status add_spec(grid *g, const char *spec, bool full_first, kvs_error
     return KVS_OK;
 }
 
-/* Budgets whose shares stand in a file of the model's are not of the grid: a suite knows no such file. */
-static bool runs_alone(const char *spec, kvs_policy *p)
-{
-    return kvs_policy_parse(spec, NULL, false, p, NULL) == KVS_OK && (p->budget == NULL || p->budget->file == NULL);
-}
-
 static kvs_status add_presets(grid *g, kvs_error *err)
 {
     const kvs_policy_ops *ops;
     for (uint32_t i = 0; (ops = kvs_policy_at(i)) != NULL; i++) {
         kvs_policy p;
-        if (ops->never_evicts || !runs_alone(ops->name, &p))
-            continue;
-        KVS_TRY(add_spec(g, ops->name, wants_full_first(ops->name), err));
+        if (!ops->never_evicts && kvs_policy_parse(ops->name, NULL, false, &p, NULL) == KVS_OK)
+            KVS_TRY(add_spec(g, ops->name, wants_full_first(ops->name), err));
     }
     return KVS_OK;
 }
@@ -189,7 +232,8 @@ static kvs_status add_stages(grid *g, kvs_error *err)
     for (uint32_t i = 0; kvs_budget_at(i) != NULL; i++) {
         const char *name = kvs_budget_at(i)->info.name;
         snprintf(spec, sizeof spec, "snapkv +budget=%.60s", name);
-        if (strcmp(name, "ada") != 0 && strcmp(name, "pyramid") != 0 && runs_alone(spec, &p))
+        if (strcmp(name, "ada") != 0 && strcmp(name, "pyramid") != 0 &&
+            kvs_policy_parse(spec, NULL, false, &p, NULL) == KVS_OK)
             KVS_TRY(add_spec(g, spec, false, err));
     }
     for (uint32_t i = 0; kvs_select_at(i) != NULL; i++) {

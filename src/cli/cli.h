@@ -64,7 +64,7 @@ typedef struct kvs_cli_args {
     uint32_t prompt_tokens, gen_tokens, repeats, n_sessions;
     const char *plot;
     /* bench */
-    const char *suite, *data, *out, *shard;
+    const char *suite, *data, *out, *shard, *profiles;
     uint32_t n_dialogues;
     bool resume, free_running;
     const char *operands[KVS_CLI_OPERANDS_MAX];

@@ -29,6 +29,7 @@ static void command_line(const kvs_cli_args *args, const char *out_dir, char *te
     const struct {
         const char *name, *value;
     } words[] = {{"data", args->data},
+                 {"profiles", args->profiles},
                  {"shard", args->shard},
                  {"kv-type", args->kv_type},
                  {"arith", args->arith},
@@ -160,6 +161,7 @@ int kvs_cmd_bench(const kvs_cli_args *args)
                              .kv_type = args->kv_type != NULL ? args->kv_type : "f16",
                              .arith = args->arith != NULL ? args->arith : "f32",
                              .command_line = line,
+                             .profiles_dir = args->profiles,
                              .policies = args->policies.items,
                              .n_policies = args->policies.n,
                              .budgets = args->budgets.items,

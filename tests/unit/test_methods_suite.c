@@ -1,10 +1,13 @@
 /* Suite methods: runs that keep different numbers of slots or evict at different tokens, a preset left out, and above all
  * a run that goes on from the shared full cache without what its policy remembers of earlier rows: its first eviction
  * would then choose by less than it would alone. */
+#include <dirent.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
+#include <unistd.h>
 #include <cmocka.h>
 
 #include "bench/play.h"
@@ -16,9 +19,95 @@ static void grid_of(const kvs_bench_options *opt, kvs_bench_run_spec *runs, uint
 {
     kvs_suite suite = *kvs_suite_find("methods");
     suite.token_bytes = 23040;
+    suite.model = (kvs_profile_model){"ab", 1, 1};
     kvs_error err = {.message = ""};
     if (kvs_suite_registry_runs(&suite, opt, runs, n, &err) != KVS_OK)
         fail_msg("%s", err.message);
+}
+
+static char folder[] = "/tmp/kvs-test-profiles-XXXXXX";
+
+/* A file for every budget stage that reads one, and what must not be taken: a text, and a file of another model. */
+static void write_profiles(void)
+{
+    assert_non_null(mkdtemp(folder));
+    for (uint32_t i = 0; kvs_budget_at(i) != NULL; i++) {
+        const kvs_profile_want *want = kvs_budget_at(i)->file;
+        for (uint32_t k = 0; want != NULL && want->kinds[k] != NULL; k++) {
+            char path[128];
+            snprintf(path, sizeof path, "%s/%s-%u.json", folder, want->kinds[k], i);
+            FILE *f = fopen(path, "w");
+            assert_non_null(f);
+            fprintf(f, "{\"kind\":\"%s\",\"model_sha256\":\"ab\",\"n_layers\":1,\"n_kv_heads\":1,\"layers\":[1],\"heads\":",
+                    want->kinds[k]);
+            for (uint32_t t = 0; t < want->n_tables; t++)
+                fputs(t == 0 ? "[[[1]]" : ",[[1]]", f);
+            fputs(want->n_tables > 1 ? "]}" : "[[1]]}", f);
+            fclose(f);
+            snprintf(path, sizeof path, "%s/another-%s-%u.json", folder, want->kinds[k], i);
+            assert_non_null(f = fopen(path, "w"));
+            fprintf(f, "{\"kind\":\"%s\",\"model_sha256\":\"cd\",\"n_layers\":1,\"n_kv_heads\":1,\"heads\":[[1]]}",
+                    want->kinds[k]);
+            fclose(f);
+        }
+    }
+    char path[128];
+    snprintf(path, sizeof path, "%s/a-text.json", folder);
+    FILE *f = fopen(path, "w");
+    assert_non_null(f);
+    fclose(f);
+}
+
+static void remove_profiles(void)
+{
+    struct dirent **names;
+    const int n = scandir(folder, &names, NULL, NULL);
+    for (int i = 0; i < n; i++) {
+        char path[512];
+        snprintf(path, sizeof path, "%s/%.200s", folder, names[i]->d_name);
+        if (names[i]->d_name[0] != '.')
+            unlink(path);
+        free(names[i]);
+    }
+    free(names);
+    rmdir(folder);
+}
+
+static void check_file_of(const kvs_bench_run_spec *run, const kvs_policy *p)
+{
+    if (p->budget == NULL || p->budget->file == NULL)
+        return;
+    /* the preset's own kind, or the stage's where the preset has none, before any other of the stage's */
+    const char *const name = p->ops->budget != NULL ? p->ops->name : p->budget->info.name;
+    bool has_kind = false;
+    for (uint32_t k = 0; p->budget->file->kinds[k] != NULL; k++)
+        has_kind |= strcmp(p->budget->file->kinds[k], name) == 0;
+    char want[128];
+    snprintf(want, sizeof want, "%s/%s-", folder, has_kind ? name : "");
+    want[strlen(want) - !has_kind] = '\0';
+    if (strncmp(p->budget_file, want, strlen(want)) != 0 || strstr(p->budget_file, "/a") != NULL)
+        fail_msg("%s takes %s", run->id, p->budget_file);
+    assert_null(strstr(run->id, "file="));
+    assert_int_equal(strlen(p->budget_hash), KVS_POLICY_HASH_BYTES - 1);
+}
+
+static void a_preset_without_its_file_is_left_out(void **state)
+{
+    (void)state;
+    kvs_bench_run_spec *runs = calloc(KVS_BENCH_RUNS_MAX, sizeof *runs);
+    uint32_t n;
+    kvs_policy p;
+    grid_of(&(kvs_bench_options){0}, runs, &n);
+    for (uint32_t i = 0; i < n; i++)
+        assert_true(kvs_policy_parse(runs[i].policy, runs[i].position, false, &p, NULL) == KVS_OK &&
+                    (p.budget == NULL || p.budget->file == NULL));
+    kvs_suite suite = *kvs_suite_find("methods");
+    kvs_error err;
+    suite.token_bytes = 23040;
+    const kvs_bench_options no_folder = {.profiles_dir = "/tmp/kvs-test-no-such-folder"};
+    assert_int_equal(kvs_suite_registry_runs(&suite, &no_folder, runs, &n, &err), KVS_EIO);
+    assert_non_null(strstr(err.message, "/tmp/kvs-test-no-such-folder"));
+    free(runs);
 }
 
 static void every_preset_is_held_at_the_same_slots(void **state)
@@ -26,7 +115,9 @@ static void every_preset_is_held_at_the_same_slots(void **state)
     (void)state;
     kvs_bench_run_spec *runs = calloc(KVS_BENCH_RUNS_MAX, sizeof *runs);
     uint32_t n;
-    grid_of(&(kvs_bench_options){0}, runs, &n);
+    write_profiles();
+    grid_of(&(kvs_bench_options){.profiles_dir = folder}, runs, &n);
+    remove_profiles();
     assert_true(runs[0].is_reference);
     for (uint32_t i = 0; i < n; i++)
         assert_null(strchr(runs[i].id, 0x7b)); /* a placeholder that nobody filled in */
@@ -35,6 +126,7 @@ static void every_preset_is_held_at_the_same_slots(void **state)
         kvs_error err = {.message = ""};
         if (kvs_policy_parse(runs[i].policy, runs[i].position, false, &p, &err) != KVS_OK)
             fail_msg("%s", err.message);
+        check_file_of(&runs[i], &p);
         const uint32_t keep = 800 * (uint32_t)atoi(runs[i].share) / 100;
         assert_int_equal(p.keep_tokens, keep);
         assert_false(p.protect.system || p.protect.template_markers || p.protect.sinks);
@@ -58,8 +150,7 @@ static void every_preset_is_held_at_the_same_slots(void **state)
         uint32_t n_found = 0;
         for (uint32_t k = 1; k < n && !ops->never_evicts; k++)
             n_found += strncmp(runs[k].label, ops->name, strlen(ops->name)) == 0;
-        if (!ops->never_evicts && kvs_policy_parse(ops->name, NULL, false, &p, NULL) == KVS_OK &&
-            (p.budget == NULL || p.budget->file == NULL) && n_found < 3)
+        if (!ops->never_evicts && kvs_policy_parse(ops->name, NULL, false, &p, NULL) == KVS_OK && n_found < 3)
             fail_msg("%s is in %u runs, not in 3", ops->name, n_found);
     }
     free(runs);
@@ -216,6 +307,7 @@ static void a_shared_beginning_changes_no_keep_set(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(a_preset_without_its_file_is_left_out),
         cmocka_unit_test(every_preset_is_held_at_the_same_slots),
         cmocka_unit_test(a_budget_that_is_never_reached_is_refused),
         cmocka_unit_test(a_cut_script_ends_where_it_is_cut),
