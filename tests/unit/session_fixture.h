@@ -3,6 +3,8 @@
 #ifndef KVS_SESSION_FIXTURE_H
 #define KVS_SESSION_FIXTURE_H
 
+#include "model/model.h"
+#include "policy/policy.h"
 #include "unit/tiny_gguf.h"
 
 /* Three KV heads: two threads then share the heads of a single row, which is a code path of its own. */
@@ -109,6 +111,36 @@ static TINY_UNUSED uint32_t fx_differs(const float *a, const float *b, uint32_t 
     while (row < n && memcmp(a + (size_t)row * vocab, b + (size_t)row * vocab, vocab * sizeof *a) == 0)
         row++;
     return row;
+}
+
+/* Writes a profile of m's that the budget stages of this kind read, of numbers drawn from the seed. */
+static TINY_UNUSED bool fx_profile(const char *path, kvs_model *m, const char *kind, uint64_t seed)
+{
+    const kvs_profile_want *want = NULL;
+    const kvs_budget_ops *ops;
+    for (uint32_t i = 0; want == NULL && (ops = kvs_budget_at(i)) != NULL; i++)
+        for (uint32_t k = 0; ops->file != NULL && ops->file->kinds[k] != NULL; k++)
+            if (strcmp(ops->file->kinds[k], kind) == 0)
+                want = ops->file;
+    FILE *const f = want == NULL ? NULL : fopen(path, "w");
+    if (f == NULL)
+        return false;
+    kvs_rng rng = {seed};
+    fprintf(f, "{\"kind\":\"%s\",\"model_sha256\":\"%s\",\"n_layers\":%u,\"n_kv_heads\":%u,\"%s\":", kind,
+            kvs_model_sha256(m), m->info.n_layers, m->info.n_kv_heads, want->heads ? "heads" : "layers");
+    const uint32_t n_tables = kvs_max_u32(want->n_tables, 1), n_heads = want->heads ? m->info.n_kv_heads : 1;
+    for (uint32_t t = 0; t < n_tables; t++) {
+        fputs(n_tables == 1 ? "[" : t == 0 ? "[[" : ",[", f);
+        for (uint32_t i = 0; i < m->info.n_layers * n_heads; i++) {
+            const double share = kvs_rng_double(&rng), high = want->max < want->min + 1 ? want->max : want->min + 1;
+            const bool first = i % n_heads == 0, last = (i + 1) % n_heads == 0;
+            fprintf(f, "%s%s%.6f%s", i > 0 ? "," : "", want->heads && first ? "[" : "",
+                    want->min + share * (high - want->min), want->heads && last ? "]" : "");
+        }
+        fputs("]", f);
+    }
+    fputs(n_tables > 1 ? "]}\n" : "}\n", f);
+    return fclose(f) == 0;
 }
 
 /* What a session saves to memory, loaded into `into`. */

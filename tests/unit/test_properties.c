@@ -84,10 +84,37 @@ static const char *small_window(const kvs_param_info *params, uint32_t n)
     return "";
 }
 
-/* Of a budget stage whose shares stand in a file: test_shares.c writes one for each. */
-static bool needs_file(const kvs_policy *p)
+static char folder[] = "/tmp/kvs-test-properties-XXXXXX";
+
+/* Of a budget stage whose shares stand in a file: writes one and names it behind the preset, or behind the choice. */
+static void give_file(const kvs_policy *p, char *spec, size_t cap_bytes)
 {
-    return p->budget != NULL && p->budget->file != NULL;
+    if (p->budget == NULL || p->budget->file == NULL)
+        return;
+    char path[64];
+    const char *const kind = p->budget->file->kinds[0], *own = strstr(spec, "+budget=");
+    own = own == NULL ? spec : own + 1;
+    snprintf(path, sizeof path, "%s/%s.json", folder, kind);
+    if (!fx_profile(path, model[1], kind, 77))
+        fail_msg("%s cannot be written", path);
+    const size_t at = (size_t)(own - spec) + strcspn(own, " ");
+    char rest[160];
+    snprintf(rest, sizeof rest, "%s", spec + at);
+    snprintf(spec + at, cap_bytes - at, "%cfile=%s%s", memchr(own, ':', (size_t)(spec + at - own)) == NULL ? ':' : ',',
+             path, rest);
+}
+
+static void remove_files(void)
+{
+    const kvs_budget_ops *ops;
+    for (uint32_t i = 0; (ops = kvs_budget_at(i)) != NULL; i++) {
+        char path[64];
+        if (ops->file == NULL)
+            continue;
+        snprintf(path, sizeof path, "%s/%s.json", folder, ops->file->kinds[0]);
+        unlink(path);
+    }
+    rmdir(folder);
 }
 
 static bool add_subject(const char *spec)
@@ -97,10 +124,12 @@ static bool add_subject(const char *spec)
     subject *c = &subjects[n_subjects];
     if (kvs_policy_parse(spec, NULL, false, &c->policy, NULL) != KVS_OK)
         return false;
-    if (needs_file(&c->policy) || (only != NULL && strstr(spec, only) == NULL))
+    if (only != NULL && strstr(spec, only) == NULL)
         return true;
     assert_true(n_subjects + 1 < SUBJECTS_MAX);
     snprintf(c->spec, sizeof c->spec, "%s", spec);
+    give_file(&c->policy, c->spec, sizeof c->spec - 32);
+    assert_int_equal(kvs_policy_parse(c->spec, NULL, false, &c->policy, NULL), KVS_OK);
     c->position = modes[n_subjects % 5];
     if (n_subjects % 5 == 4 && kvs_policy_scope_of(&c->policy) != KVS_SCOPE_SHARED)
         c->position = NULL; /* its own */
@@ -203,6 +232,8 @@ static int set_up(void **state)
         flags[i] |= KVS_TOKEN_TEMPLATE;
     flags[40] |= KVS_TOKEN_PINNED;
     flags[133] |= KVS_TOKEN_PINNED;
+    if (mkdtemp(folder) == NULL)
+        return 1;
     add_all();
     return 0;
 }
@@ -212,6 +243,7 @@ static int tear_down(void **state)
     (void)state;
     for (uint32_t t = 1; t <= THREADS; t++)
         kvs_model_close(&model[t]);
+    remove_files();
     return 0;
 }
 
@@ -893,10 +925,11 @@ static void check_pair(const kvs_policy_ops *ops, const char *stage, const char 
     kvs_policy again;
     assert_int_equal(kvs_policy_parse(p.text, NULL, false, &again, &err), KVS_OK);
     assert_string_equal(again.text, p.text);
-    if (ops->never_evicts || needs_file(&p))
+    if (ops->never_evicts)
         return;
     subject c = {.policy = p, .budget = BUDGET + 192};
     snprintf(c.spec, sizeof c.spec, "%s", spec);
+    give_file(&p, c.spec, sizeof c.spec);
     kvs_session *s = open_session(model[2], &c);
     watch_begin(&w, s, &c, NULL);
     w.flags = NULL;

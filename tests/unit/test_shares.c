@@ -261,23 +261,11 @@ static void write_text(const char *text)
         fail_msg("%s cannot be written", path);
 }
 
-/* A profile of the model; heads or layers by what the kind wants, drawn from the seed. */
+/* A profile of the model, drawn from the seed. */
 static void write_profile(const char *kind, uint64_t seed)
 {
-    static char text[8192];
-    kvs_rng rng = {seed};
-    const bool layers = strcmp(kind, "sensitivity") == 0 || strcmp(kind, "layers") == 0;
-    int at = snprintf(text, sizeof text,
-                      "{\"kind\":\"%s\",\"model_sha256\":\"%s\",\"n_layers\":%d,\"n_kv_heads\":%d,\"%s\":[", kind,
-                      kvs_model_sha256(model), LAYERS, KV, layers ? "layers" : "heads");
-    for (int l = 0; l < LAYERS; l++) {
-        at += snprintf(text + at, sizeof text - (size_t)at, "%s%s", l > 0 ? "," : "", layers ? "" : "[");
-        for (int h = 0; h < (layers ? 1 : KV); h++)
-            at += snprintf(text + at, sizeof text - (size_t)at, "%s%.6f", h > 0 ? "," : "", kvs_rng_double(&rng));
-        at += snprintf(text + at, sizeof text - (size_t)at, "%s", layers ? "" : "]");
-    }
-    snprintf(text + at, sizeof text - (size_t)at, "]}\n");
-    write_text(text);
+    if (!fx_profile(path, model, kind, seed))
+        fail_msg("%s cannot be written", path);
 }
 
 static int setup(void **state)
