@@ -137,7 +137,8 @@ typedef struct kvs_policy {
     char budget_hash[KVS_POLICY_HASH_BYTES]; /* first digits of its sha256: what hash= says, or what was read */
     kvs_schedule_kind schedule;
     uint64_t schedule_value; /* bytes, tokens or n */
-    double keep_ratio;       /* > 0: share of what is there */
+    double keep_ratio;       /* > 0: share of what is there, or of what was said */
+    bool keep_of_said;
     uint32_t keep_tokens;    /* > 0: a count; both 0: the budget less one chunk */
     kvs_position_mode position;
     int32_t gap_cap;

@@ -113,20 +113,31 @@ kvs_status kvs_position_parse(const char *text, kvs_position_mode *mode, int32_t
     return unknown(err, "position mode", name.text, position_names, KVS_POSITION_COUNT);
 }
 
+/* A count, a share of what is held, or a share of all that was said, as 766tok, 0.9, 0.5said. */
 static kvs_status parse_keep(const char *text, kvs_policy *p, kvs_error *err)
 {
     double x;
     const size_t n = strlen(text);
+    word share;
     if (n > 3 && strcmp(text + n - 3, "tok") == 0) {
         uint64_t bytes, tokens;
         KVS_TRY(kvs_size_parse(text, &bytes, &tokens, err));
         p->keep_tokens = (uint32_t)tokens;
         p->keep_ratio = 0;
+        p->keep_of_said = false;
         return KVS_OK;
     }
-    if (!parse_double(text, &x) || x <= 0 || x > 1)
-        return kvs_error_set(err, KVS_EINVAL, "keep '%.60s' must be a share in (0, 1] or a count such as 766tok", text);
+    const bool said = n > 4 && strcmp(text + n - 4, "said") == 0;
+    next_word(text, "", &share);
+    if (said)
+        share.text[n - 4] = '\0';
+    if (!parse_double(share.text, &x) || x <= 0 || x > 1)
+        return kvs_error_set(err, KVS_EINVAL,
+                             "keep '%.60s' must be a share in (0, 1] (of all that was said: 0.5said) or a count such "
+                             "as 766tok",
+                             text);
     p->keep_ratio = x;
+    p->keep_of_said = said;
     p->keep_tokens = 0;
     return KVS_OK;
 }
@@ -453,7 +464,7 @@ static void write_text(kvs_policy *p)
     if (p->keep_tokens != 0)
         WRITE("%ckeep=%utok", separator, p->keep_tokens);
     else if (p->keep_ratio != 0)
-        WRITE("%ckeep=%s", separator, number(p->keep_ratio, digits));
+        WRITE("%ckeep=%s%s", separator, number(p->keep_ratio, digits), p->keep_of_said ? "said" : "");
     /* "none" where the preset has a choice of its own and this one took it away. */
     if (p->probe != NULL || p->ops->probe != NULL)
         at = write_choice(at, end, "probe", p->probe == NULL ? &no_probe : &p->probe->info, p->probe_params, NULL);
@@ -884,7 +895,7 @@ uint32_t kvs_policy_target_scored(const kvs_policy *p, const kvs_policy_view *vi
     if (p->keep_tokens != 0)
         want = p->keep_tokens;
     else if (p->keep_ratio != 0)
-        want = (uint32_t)(n * p->keep_ratio);
+        want = (uint32_t)((p->keep_of_said ? (double)view->n_tokens : n) * p->keep_ratio);
     if (p->ops->target != NULL)
         want = p->ops->target(p->params, view, kvs_min_u32(want, n));
     if (p->ops->target_by_score != NULL && scores != NULL)

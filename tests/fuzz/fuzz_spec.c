@@ -38,7 +38,8 @@ static void check_policy(const kvs_policy *p)
     PROMISE(kvs_policy_parse(p->text, NULL, false, &again, NULL) == KVS_OK);
     PROMISE(strcmp(p->text, again.text) == 0);
     PROMISE(memcmp(p->params, again.params, sizeof p->params) == 0);
-    PROMISE(p->keep_ratio == again.keep_ratio && p->keep_tokens == again.keep_tokens);
+    PROMISE(p->keep_ratio == again.keep_ratio && p->keep_tokens == again.keep_tokens &&
+            p->keep_of_said == again.keep_of_said);
     PROMISE(p->schedule == again.schedule && p->schedule_value == again.schedule_value);
     PROMISE(p->position == again.position && p->gap_cap == again.gap_cap && p->gap_cap >= 1);
     PROMISE(p->keep_ratio >= 0 && p->keep_ratio <= 1 && (p->keep_ratio == 0 || p->keep_tokens == 0));

@@ -197,6 +197,24 @@ static void gist_keeps_the_first_and_the_newest(void **state)
     assert_range(0, 2000);
 }
 
+static void a_share_of_what_was_said_is_one_of_what_is_held(void **state)
+{
+    (void)state;
+    kvs_rng rng = {12};
+    fill_view(&rng, 300);
+    kvs_policy p = parse("streaming +protect=none +keep=0.25said");
+    b.view.n_tokens = 1000;
+    assert_int_equal(kvs_policy_target(&p, &b.view, 7), 250);
+    b.view.n_tokens = 1300;
+    assert_true(kvs_policy_target(&p, &b.view, 7) >= 300); /* nothing to do */
+    p = parse("streaming +protect=none +keep=0.25");
+    assert_int_equal(kvs_policy_target(&p, &b.view, 7), 75);
+    kvs_error err;
+    assert_int_equal(kvs_policy_check("streaming +keep=1.5said", &err), KVS_EINVAL);
+    assert_non_null(strstr(err.message, "1.5said"));
+    assert_int_equal(kvs_policy_check("streaming +keep=said", &err), KVS_EINVAL);
+}
+
 static void gist_attentive_fills_the_middle_by_attention(void **state)
 {
     (void)state;
@@ -386,6 +404,7 @@ static void canonical_text_parses_to_itself(void **state)
                                         "+position=recompute",
                                         "+position=gapcap:1000000000 +keep=4294967295tok",
                                         "+budget=ada:floor=0.3 +rescore=caote +select=chunk:length=7,heads=1",
+                                        "+keep=0.25said",
                                         "+budget=uniform +rescore=none +select=token",
                                         "+protect=recent:1000000000,sinks:1000000000,template,system,pinned"};
     for (uint32_t k = 0; k < kvs_policy_count(); k++)
@@ -400,7 +419,7 @@ static void canonical_text_parses_to_itself(void **state)
             assert_memory_equal(p.params, q.params, sizeof p.params);
             assert_memory_equal(&p.protect, &q.protect, sizeof p.protect);
             assert_true(p.ops == q.ops && p.schedule == q.schedule && p.schedule_value == q.schedule_value);
-            assert_true(p.keep_ratio == q.keep_ratio && p.keep_tokens == q.keep_tokens);
+            assert_true(p.keep_ratio == q.keep_ratio && p.keep_tokens == q.keep_tokens && p.keep_of_said == q.keep_of_said);
             assert_true(p.position == q.position && p.gap_cap == q.gap_cap);
         }
 }
@@ -628,6 +647,7 @@ int main(void)
         cmocka_unit_test(the_registry_says_what_a_preset_needs),
         cmocka_unit_test(presets_of_position_keep_the_slots_their_papers_name),
         cmocka_unit_test(gist_keeps_the_first_and_the_newest),
+        cmocka_unit_test(a_share_of_what_was_said_is_one_of_what_is_held),
         cmocka_unit_test(gist_attentive_fills_the_middle_by_attention),
         cmocka_unit_test(context_shift_discards_half_of_what_follows_n_keep),
         cmocka_unit_test(attention_presets_rank_by_the_mass_they_name),
