@@ -404,6 +404,7 @@ static kvs_status make_episodes(const recall_state *s, recaller *r, kvs_error *e
     kvs_episodes_options_default(&o);
     o.n_episodes = r->spec->n_episodes;
     o.uniform_heads = r->spec->uniform_heads;
+    o.sensitivity = r->spec->sensitivity;
     o.budget_bytes = as.budget_bytes;
     o.budget_tokens = as.budget_tokens;
     o.kv_type = as.kv_type;

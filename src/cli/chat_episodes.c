@@ -18,6 +18,7 @@ typedef struct chat {
     kvs_model *m;
     kvs_episodes *e;
     kvs_sampling sampling;
+    float *sensitivity; /* NULL: layers share alike */
     char path[4096]; /* empty: not saved */
     kvs_cli_progress progress;
     bool tty_in;
@@ -102,6 +103,7 @@ static kvs_status make(chat *c, const kvs_dialogue *d, kvs_error *err)
     o.seed = as.seed;
     o.on_progress = on_progress;
     o.ctx = c;
+    o.sensitivity = c->sensitivity;
     kvs_message *const messages = calloc(d->n_messages + 1, sizeof *messages);
     if (messages == NULL)
         return kvs_error_set(err, KVS_ENOMEM, "no memory for %u messages", d->n_messages);
@@ -143,12 +145,12 @@ static kvs_status open_episodes(chat *c, kvs_error *err)
         if (!kvs_cli_xdg_path("XDG_STATE_HOME", ".local/state", leaf, c->path, sizeof c->path))
             return kvs_error_set(err, KVS_EIO, "--session needs a home folder: set HOME or XDG_STATE_HOME");
         if (access(c->path, F_OK) == 0)
-            return args->dialogue == NULL && args->budgets.n == 0
+            return args->dialogue == NULL && args->budgets.n == 0 && args->sensitivity == NULL
                        ? load(c, err)
-                       : kvs_error_set(
-                             err, KVS_EINVAL,
-                             "session %s has its history and budget: --dialogue and --budget are for a new one",
-                             args->session);
+                       : kvs_error_set(err, KVS_EINVAL,
+                                       "session %s has its history and budget: --dialogue, --budget and --sensitivity "
+                                       "are for a new one",
+                                       args->session);
     }
     KVS_TRY(make_from_file(c, err));
     return c->path[0] != '\0' ? save(c, c->path, err) : KVS_OK;
@@ -265,6 +267,8 @@ int kvs_chat_episodes(const kvs_cli_args *args, const kvs_sampling *sampling)
     kvs_cli_catch_interrupts();
     kvs_status status = kvs_cli_open_model(args, &c.m, &err);
     if (status == KVS_OK)
+        status = kvs_cli_sensitivity(args, c.m, &c.sensitivity, &err);
+    if (status == KVS_OK)
         status = open_episodes(&c, &err);
     int code;
     if (status == KVS_OK) {
@@ -277,6 +281,7 @@ int kvs_chat_episodes(const kvs_cli_args *args, const kvs_sampling *sampling)
     if (status == KVS_ECANCELLED && kvs_cli_interrupted > 0)
         code = KVS_EXIT_INTERRUPTED;
     kvs_episodes_free(&c.e);
+    free(c.sensitivity);
     kvs_model_close(&c.m);
     return code;
 }

@@ -64,7 +64,7 @@ typedef struct kvs_cli_args {
     uint32_t prompt_tokens, gen_tokens, repeats, n_sessions;
     const char *plot;
     /* bench */
-    const char *suite, *data, *out, *shard, *profiles;
+    const char *suite, *data, *out, *shard, *profiles, *sensitivity;
     uint32_t n_dialogues;
     bool resume, free_running;
     const char *operands[KVS_CLI_OPERANDS_MAX];
@@ -143,6 +143,8 @@ uint32_t kvs_cli_cpu_bits(const kvs_cli_args *args);
 /* The model file by --model, KVASIR_MODEL, the build's default, the cache; into path. EIO says what to do. */
 kvs_status kvs_cli_model_path(const kvs_cli_args *args, char *path, size_t cap_bytes, kvs_error *err);
 kvs_status kvs_cli_open_model(const kvs_cli_args *args, kvs_model **out, kvs_error *err);
+/* [n_layers] of the profile that --sensitivity names, to be freed; *out NULL without one. */
+kvs_status kvs_cli_sensitivity(const kvs_cli_args *args, kvs_model *m, float **out, kvs_error *err);
 /* Session options from the common ones; arith by the command's default unless given. */
 void kvs_cli_session_options(const kvs_cli_args *args, kvs_arith default_arith, kvs_session_options *opt);
 void kvs_cli_sampling(const kvs_cli_args *args, kvs_sampling *p);

@@ -1,6 +1,9 @@
 /* From the common options to a model and session options; sizes, JSON, progress, interrupts. Files are in files.c. */
 #include "cli/cli.h"
 
+#include "model/model.h"
+#include "policy/policy.h"
+
 #include <errno.h>
 #include <math.h>
 #include <signal.h>
@@ -107,6 +110,9 @@ static int check_position(const kvs_cli_args *args, const char *mode)
 
 int kvs_cli_check_common(const kvs_cli_args *args)
 {
+    if (args->sensitivity != NULL && args->episodes.n == 0)
+        return kvs_cli_usage_error(args->command,
+                                   "--sensitivity goes with --episodes; a policy takes +budget=sensitivity:file=FILE");
     kvs_error err;
     const bool is_bench = strcmp(args->command->name, "bench") == 0;
     for (uint32_t i = 0; i < args->budgets.n; i++) {
@@ -332,4 +338,23 @@ uint64_t kvs_cli_peak_rss_bytes(void)
 double kvs_cli_mib(uint64_t bytes)
 {
     return (double)bytes / 1048576.0;
+}
+
+kvs_status kvs_cli_sensitivity(const kvs_cli_args *args, kvs_model *m, float **out, kvs_error *err)
+{
+    *out = NULL;
+    if (args->sensitivity == NULL)
+        return KVS_OK;
+    uint32_t i = 0;
+    while (strcmp(kvs_budget_at(i)->info.name, "sensitivity") != 0)
+        i++;
+    const kvs_allocator *const heap = kvs_allocator_default();
+    const kvs_profile_model of = {kvs_model_sha256(m), m->info.n_layers, m->info.n_kv_heads};
+    kvs_profile p;
+    KVS_TRY(kvs_profile_read(args->sensitivity, kvs_budget_at(i)->file, &of, heap, &p, err));
+    *out = malloc(of.n_layers * sizeof **out);
+    for (uint32_t l = 0; *out != NULL && l < of.n_layers; l++)
+        (*out)[l] = (float)p.layers[l];
+    kvs_profile_free(&p, heap);
+    return *out != NULL ? KVS_OK : kvs_error_set(err, KVS_ENOMEM, "no memory for %u layers", of.n_layers);
 }

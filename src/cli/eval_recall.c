@@ -23,6 +23,7 @@ typedef struct recall {
     kvs_bench_run_spec runs[KVS_BENCH_RUNS_MAX];
     tally tallies[KVS_BENCH_RUNS_MAX];
     uint32_t n_runs;
+    float *sensitivity; /* of --episodes; NULL: layers share alike */
     kvs_cli_progress progress;
 } recall;
 
@@ -56,13 +57,15 @@ static kvs_status add_policy(recall *r, const char *policy, const char *position
 static kvs_status add_episodes(recall *r, uint32_t k, const char *budget, kvs_error *err)
 {
     char name[64];
-    snprintf(name, sizeof name, "%u episode%s%s", k, k > 1 ? "s" : "", r->args->uniform_heads ? ", uniform" : "");
+    snprintf(name, sizeof name, "%u episode%s%s%s", k, k > 1 ? "s" : "", r->args->uniform_heads ? ", uniform" : "",
+             r->sensitivity != NULL ? ", sensitivity" : "");
     kvs_bench_run_spec *const spec = add_run(r, name, budget, err);
     if (spec == NULL)
         return KVS_EINVAL;
     snprintf(spec->position, sizeof spec->position, "keep");
     spec->n_episodes = k;
     spec->uniform_heads = r->args->uniform_heads;
+    spec->sensitivity = r->sensitivity;
     return KVS_OK;
 }
 
@@ -231,9 +234,11 @@ int kvs_eval_recall(const kvs_cli_args *args)
     const uint32_t history_tokens = args->history_tokens != 0 ? args->history_tokens : HISTORY_TOKENS;
     kvs_error err = {0};
     kvs_model *m = NULL;
-    kvs_status status = make_runs(r, &err);
+    kvs_status status = kvs_cli_open_model(args, &m, &err);
     if (status == KVS_OK)
-        status = kvs_cli_open_model(args, &m, &err);
+        status = kvs_cli_sensitivity(args, m, &r->sensitivity, &err);
+    if (status == KVS_OK)
+        status = make_runs(r, &err);
     kvs_cli_catch_interrupts();
     if (status == KVS_OK)
         status = play_all(r, m, history_tokens, &err);
@@ -247,6 +252,7 @@ int kvs_eval_recall(const kvs_cli_args *args)
     if (status == KVS_ECANCELLED && kvs_cli_interrupted > 0)
         code = KVS_EXIT_INTERRUPTED;
     kvs_model_close(&m);
+    free(r->sensitivity);
     free(r);
     return code;
 }

@@ -183,6 +183,8 @@ const kvs_cli_option kvs_cli_options[] = {
      0, 1e6},
     {"uniform-heads", 0, KVS_CLI_FLAG, AT(uniform_heads), EVAL | CHAT, NULL,
      "with --episodes: every head of a layer keeps as many slots", NULL, 0, 0},
+    {"sensitivity", 0, KVS_CLI_FILE, AT(sensitivity), EVAL | CHAT, "FILE",
+     "with --episodes: layers share by a profile (kvasir profile sensitivity); default all the same", NULL, 0, 0},
     {"keep-turns", 0, KVS_CLI_FLAG, AT(keep_turns), CHAT, NULL,
      "with --episodes: what is asked and answered stays in that episode", NULL, 0, 0},
     {"recall", 0, KVS_CLI_U32, AT(n_recall), EVAL, "N",

@@ -77,6 +77,7 @@ expect no_operand 2 "needs DIR" report
 expect too_many_operands 2 "one word too many" report a b
 expect episodes_two 2 "one number in a chat" chat --episodes 2,3
 expect episodes_policy 2 "no --policy" chat --episodes 2 --policy streaming
+expect sensitivity_alone 2 "goes with --episodes" chat --sensitivity f.json
 expect episodes_alone 2 "with --recall" eval --episodes 2 --dialogue b
 expect two_texts 2 "and not both" eval --text a --dialogue b
 expect no_kind 2 "needs KIND" profile --text a -o b
