@@ -6,7 +6,8 @@
 
 typedef struct kvs_bench_options {
     const char *suite, *data_path, *out_dir, *model_path, *kv_type, *arith, *command_line;
-    const char *profiles_dir; /* where a registry suite looks for the files that presets need; NULL: these are left out */
+    const char
+        *profiles_dir; /* where a registry suite looks for the files that presets need; NULL: these are left out */
     const char *const *policies;
     uint32_t n_policies;
     const char *const *budgets;

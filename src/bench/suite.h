@@ -36,10 +36,10 @@ typedef struct kvs_bench_run_spec {
     char position[24];
     uint32_t budget_tokens; /* 0: the whole dialogue */
     uint64_t budget_bytes;
-    uint32_t first_tokens; /* no eviction can happen before this many tokens were said */
-    bool is_reference;     /* the full cache */
-    uint32_t n_episodes;   /* not 0: episodes of the dialogue so far (kvs_episodes); only recall can play that */
-    bool uniform_heads;    /* of episodes */
+    uint32_t first_tokens;    /* no eviction can happen before this many tokens were said */
+    bool is_reference;        /* the full cache */
+    uint32_t n_episodes;      /* not 0: episodes of the dialogue so far (kvs_episodes); only recall can play that */
+    bool uniform_heads;       /* of episodes */
     const float *sensitivity; /* the same, [n_layers], or NULL */
 } kvs_bench_run_spec;
 

@@ -19,7 +19,7 @@ typedef struct chat {
     kvs_episodes *e;
     kvs_sampling sampling;
     float *sensitivity; /* NULL: layers share alike */
-    char path[4096]; /* empty: not saved */
+    char path[4096];    /* empty: not saved */
     kvs_cli_progress progress;
     bool tty_in;
 } chat;

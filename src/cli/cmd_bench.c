@@ -28,12 +28,8 @@ static void command_line(const kvs_cli_args *args, const char *out_dir, char *te
             n += (size_t)snprintf(text + n, cap_bytes - n, " --%s '%s'", lists[i].name, lists[i].list->items[k]);
     const struct {
         const char *name, *value;
-    } words[] = {{"data", args->data},
-                 {"profiles", args->profiles},
-                 {"shard", args->shard},
-                 {"kv-type", args->kv_type},
-                 {"arith", args->arith},
-                 {"cpu-mask", args->cpu_mask}};
+    } words[] = {{"data", args->data},       {"profiles", args->profiles}, {"shard", args->shard},
+                 {"kv-type", args->kv_type}, {"arith", args->arith},       {"cpu-mask", args->cpu_mask}};
     for (size_t i = 0; i < sizeof words / sizeof words[0]; i++)
         if (words[i].value != NULL && n < cap_bytes)
             n += (size_t)snprintf(text + n, cap_bytes - n, " --%s '%s'", words[i].name, words[i].value);

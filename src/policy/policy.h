@@ -139,7 +139,7 @@ typedef struct kvs_policy {
     uint64_t schedule_value; /* bytes, tokens or n */
     double keep_ratio;       /* > 0: share of what is there, or of what was said */
     bool keep_of_said;
-    uint32_t keep_tokens;    /* > 0: a count; both 0: the budget less one chunk */
+    uint32_t keep_tokens; /* > 0: a count; both 0: the budget less one chunk */
     kvs_position_mode position;
     int32_t gap_cap;
     kvs_protect protect;
@@ -153,9 +153,14 @@ kvs_status kvs_position_parse(const char *text, kvs_position_mode *mode, int32_t
 /* "600MiB", "1.5GiB", "4800tok", "4800": exactly one of *bytes and *tokens is set. */
 kvs_status kvs_size_parse(const char *text, uint64_t *bytes, uint64_t *tokens, kvs_error *err);
 
+/* Whether its stages can stand together (rules.c), before anything else is asked of it. EINVAL names two and why not. */
+kvs_status kvs_policy_check_rules(const kvs_policy *p, kvs_error *err);
+
 uint32_t kvs_policy_needs(const kvs_policy *p);
-kvs_policy_scope kvs_policy_scope_of(const kvs_policy *p);
-uint32_t kvs_policy_window(const kvs_policy *p);                                  /* rows; 0: none wanted */
+kvs_policy_scope kvs_policy_own_scope(const kvs_policy *p);    /* what the preset asks for */
+kvs_policy_scope kvs_policy_select_scope(const kvs_policy *p); /* the finest that the selection goes along with */
+kvs_policy_scope kvs_policy_scope_of(const kvs_policy *p);     /* of the sets that are kept */
+uint32_t kvs_policy_window(const kvs_policy *p);               /* rows; 0: none wanted */
 size_t kvs_policy_work(const kvs_policy *p, uint32_t n_slots, uint32_t head_dim); /* f32 elements */
 /* First tokens of the conversation that protection, or the preset's own parameter `sinks`, keeps whatever happens. */
 uint32_t kvs_policy_sinks(const kvs_policy *p);

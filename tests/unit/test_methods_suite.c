@@ -38,8 +38,9 @@ static void write_profiles(void)
             snprintf(path, sizeof path, "%s/%s-%u.json", folder, want->kinds[k], i);
             FILE *f = fopen(path, "w");
             assert_non_null(f);
-            fprintf(f, "{\"kind\":\"%s\",\"model_sha256\":\"ab\",\"n_layers\":1,\"n_kv_heads\":1,\"layers\":[1],\"heads\":",
-                    want->kinds[k]);
+            fprintf(
+                f, "{\"kind\":\"%s\",\"model_sha256\":\"ab\",\"n_layers\":1,\"n_kv_heads\":1,\"layers\":[1],\"heads\":",
+                want->kinds[k]);
             for (uint32_t t = 0; t < want->n_tables; t++)
                 fputs(t == 0 ? "[[[1]]" : ",[[1]]", f);
             fputs(want->n_tables > 1 ? "]}" : "[[1]]}", f);

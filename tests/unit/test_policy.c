@@ -419,7 +419,8 @@ static void canonical_text_parses_to_itself(void **state)
             assert_memory_equal(p.params, q.params, sizeof p.params);
             assert_memory_equal(&p.protect, &q.protect, sizeof p.protect);
             assert_true(p.ops == q.ops && p.schedule == q.schedule && p.schedule_value == q.schedule_value);
-            assert_true(p.keep_ratio == q.keep_ratio && p.keep_tokens == q.keep_tokens && p.keep_of_said == q.keep_of_said);
+            assert_true(p.keep_ratio == q.keep_ratio && p.keep_tokens == q.keep_tokens &&
+                        p.keep_of_said == q.keep_of_said);
             assert_true(p.position == q.position && p.gap_cap == q.gap_cap);
         }
 }
