@@ -413,7 +413,7 @@ static void canonical_text_parses_to_itself(void **state)
             snprintf(spec, sizeof spec, "%s %s", kvs_policy_at(k)->name, tails[i]);
             const bool stages = strstr(tails[i], "ada") != NULL || strstr(tails[i], "recompute") != NULL;
             if (stages && kvs_policy_check(spec, NULL) != KVS_OK)
-                continue; /* refused by name: test_properties.c */
+                continue; /* refused by name: test_odd_inputs.c */
             const kvs_policy p = parse(spec), q = parse(p.text);
             assert_string_equal(p.text, q.text);
             assert_memory_equal(p.params, q.params, sizeof p.params);
