@@ -37,8 +37,7 @@ static const kvs_param_info prompt_params[] = {
 };
 const kvs_probe_ops kvs_probe_prompt = {
     .info = {"prompt", "the last tokens of the prompt to come are the window of every chunk", "arXiv:2506.17121",
-             "exact, but the rows share their attention over the chunk alone, and cannot be of later calls",
-             prompt_params, 1},
+             "exact; the rows cannot be of later calls", prompt_params, 1},
     .kind = KVS_PROBE_PROMPT,
 };
 

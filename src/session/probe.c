@@ -81,7 +81,7 @@ static void *part(uint8_t *base, size_t *at, size_t n, size_t size)
     return here;
 }
 
-static size_t lay_out(kvs_probe *p, uint8_t *base, uint32_t n_slots, size_t n_most)
+static size_t lay_out(kvs_probe *p, uint8_t *base, uint32_t n_slots, size_t n_most, size_t n_own)
 {
     size_t at = 0;
     for (int i = 0; i < 3; i++)
@@ -91,6 +91,7 @@ static size_t lay_out(kvs_probe *p, uint8_t *base, uint32_t n_slots, size_t n_mo
     p->held_pos = part(base, &at, n_slots, sizeof(int32_t));
     p->held_token = part(base, &at, n_slots, sizeof(int32_t));
     p->most = part(base, &at, n_most, sizeof(float));
+    p->own = part(base, &at, n_own, sizeof(float));
     return at;
 }
 
@@ -117,13 +118,17 @@ kvs_status kvs_probe_create(kvs_session *s, kvs_error *err)
     }
     const bool lent = s->kin != NULL; /* its rows and ours never run at once */
     const size_t n_most = judges(s) && !lent ? (size_t)info->n_layers * info->n_heads * s->scratch.n_slots : 0;
-    p->bytes = lay_out(p, NULL, s->scratch.n_slots, n_most);
+    const bool looks = s->policy.probe->kind == KVS_PROBE_PROMPT && s->scratch.threads[0].prob != NULL;
+    const size_t n_own = looks ? (size_t)info->n_layers * info->n_heads * wanted : 0;
+    p->bytes = lay_out(p, NULL, s->scratch.n_slots, n_most, n_own);
     p->block = kvs_alloc(s->allocator, 1, p->bytes);
     if (p->block == NULL) {
         *p = (kvs_probe){0};
         return kvs_error_set(err, KVS_ENOMEM, "no memory for the rows of probe %s", s->policy.probe->info.name);
     }
-    lay_out(p, p->block, s->scratch.n_slots, n_most);
+    lay_out(p, p->block, s->scratch.n_slots, n_most, n_own);
+    if (!looks)
+        p->own = NULL;
     if (lent)
         p->most = s->kin->probe.most;
     for (int i = 0; i < 3; i++)
@@ -422,6 +427,8 @@ static kvs_status look_from_the_prompt(kvs_session *s, kvs_forward *f, kvs_error
         return KVS_OK;
     put_tokens(&s->probe, 0, s->pending + s->n_pending - n, n);
     const kvs_status status = run_rows(s, f, n, KVS_ROWS_LOG, err);
+    if (status == KVS_OK && s->probe.own != NULL)
+        kvs_view_own_rows(s, n);
     kvs_cache_truncate(s->cache, (int32_t)s->n_tokens);
     kvs_query_log_look_ahead(&s->queries, status == KVS_OK ? n : 0);
     return status;
@@ -453,4 +460,5 @@ void kvs_probe_end(kvs_session *s)
 {
     kvs_query_log_drop(&s->queries, s->queries.n_ahead);
     s->queries.n_ahead = 0;
+    s->probe.n_own = 0;
 }

@@ -20,7 +20,11 @@ typedef struct kvs_probe {
     /* While rows run: which slots they share their attention over besides themselves, and which of them are judged. */
     int32_t first_end, begin, end; /* pos below first_end, or in [begin, end): judged are the latter */
     bool apart;                    /* not even themselves */
-    const int32_t *words;          /* [n_words] of an episode, behind the request; the owner keeps them */
+    /* Of the probe prompt, until the eviction is over: the log of what its rows' exponentials sum to over the rows
+     * themselves, which are not held any more. */
+    float *own; /* [n_heads][rows][group] */
+    uint32_t n_own;
+    const int32_t *words; /* [n_words] of an episode, behind the request; the owner keeps them */
     uint32_t n_words;
     void *block;
     uint64_t bytes;

@@ -161,6 +161,9 @@ kvs_policy_view kvs_view_contents(const kvs_session *s, uint32_t layer, uint32_t
 size_t kvs_view_out_rows(const kvs_model *m);
 /* Keys before rotation, [n][head_dim], to positions `to`. */
 void kvs_view_rotate(const kvs_session *s, float *keys_raw, const int32_t *to, uint32_t n);
+/* The newest n slots of every head are rows of the probe, logged as tokens n_tokens on: what they give themselves, before
+ * they are thrown away. */
+void kvs_view_own_rows(kvs_session *s, uint32_t n);
 /* Without the output projection too. */
 kvs_policy_view kvs_view_kv(const kvs_session *s, uint32_t layer, uint32_t head, kvs_view_scratch *t);
 /* Without keys and values too. */

@@ -151,16 +151,11 @@ static kvs_status plan_compat(kvs_session *s, kvs_forward *f, const kvs_run *run
     return KVS_OK;
 }
 
-/* Rows the run may take next; evicts first where the schedule or the budget asks for it. */
 static kvs_status plan_rows(kvs_session *s, kvs_forward *f, const kvs_run *run, uint32_t at, uint32_t *n_rows,
                             kvs_error *err)
 {
-    if (s->options.paper_compat)
-        return plan_compat(s, f, run, at, n_rows, err);
     const uint32_t left = run->n_tokens - at;
     const bool answer = is_answer(run, at);
-    s->pending = answer ? NULL : run->tokens + at;
-    s->n_pending = answer ? 0 : rows_of_one_kind(run, at, left);
     const char *path = answer ? "decode" : "in_prefill";
     plan p = consult_schedule(s, answer);
     bool progress = true;
@@ -191,6 +186,22 @@ static kvs_status plan_rows(kvs_session *s, kvs_forward *f, const kvs_run *run, 
     n = kvs_min_u32(n, hold ? n : kvs_max_u32(p.rows_max, 1));
     *n_rows = rows_of_one_kind(run, at, n);
     return KVS_OK;
+}
+
+/* Rows the run may take next; evicts first where the schedule or the budget asks for it. */
+static kvs_status plan_run(kvs_session *s, kvs_forward *f, const kvs_run *run, uint32_t at, uint32_t *n_rows,
+                           kvs_error *err)
+{
+    if (s->options.paper_compat)
+        return plan_compat(s, f, run, at, n_rows, err);
+    if (!is_answer(run, at)) {
+        s->pending = run->tokens + at;
+        s->n_pending = rows_of_one_kind(run, at, run->n_tokens - at);
+    }
+    const kvs_status status = plan_rows(s, f, run, at, n_rows, err);
+    s->pending = NULL; /* the caller's: no later eviction may look at it */
+    s->n_pending = 0;
+    return status;
 }
 
 /* ---- one forward step ---- */
@@ -387,7 +398,7 @@ static kvs_status add_run(kvs_forward *f, step_rows *rows, kvs_run *run, uint32_
     kvs_session *s = run->session;
     uint32_t n = 0;
     const uint32_t until_look = kvs_observe(s);
-    KVS_TRY(plan_rows(s, f, run, at, &n, err));
+    KVS_TRY(plan_run(s, f, run, at, &n, err));
     n = kvs_min_u32(kvs_min_u32(n, until_look), f->max_rows - rows->n_rows);
     int32_t pos[KVS_STEP_ROWS_MAX];
     for (uint32_t i = 0; i < n; i++)

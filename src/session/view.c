@@ -128,7 +128,7 @@ static int32_t rope_of_row(const kvs_session *s, int32_t rope_next, uint64_t tok
 /* Copies the live ones of the physical scores of one row and head, and turns them into probabilities of the slots that
  * are not newer than the row. */
 static void soften(const kvs_kernels *kernels, const kvs_policy_view *v, const kvs_page_view *pages, uint32_t n_pages,
-                   const float *physical, int32_t row_pos, float *logit, float *prob)
+                   const float *physical, int32_t row_pos, double own, float *logit, float *prob)
 {
     uint32_t n = 0;
     for (uint32_t p = 0; p < n_pages; p++)
@@ -144,7 +144,9 @@ static void soften(const kvs_kernels *kernels, const kvs_policy_view *v, const k
     if (n_seen == 0)
         return;
     uint32_t best;
-    const double lse = kernels->logsumexp(prob, n_seen, &best);
+    const double held = kernels->logsumexp(prob, n_seen, &best);
+    const double high = held > own ? held : own, low = held > own ? own : held;
+    const double lse = high + log1p(exp(low - high));
     const float most = prob[best];
     kernels->exp_scale(prob, n_seen, most, (float)exp((double)most - lse));
 }
@@ -175,6 +177,77 @@ static void copy_newest(const kvs_page_view *pages, uint32_t n_pages, const floa
             out[--n] = physical[(size_t)p * KVS_PAGE_SLOTS + s];
         }
     }
+}
+
+static float *own_at(const kvs_session *s, uint32_t head, uint32_t row, uint32_t g)
+{
+    const uint32_t group = s->model->info.n_heads / s->model->info.n_kv_heads;
+    return s->probe.own + ((size_t)head * s->probe.chunk_tokens + row) * group + g;
+}
+
+typedef struct own_rows {
+    kvs_session *s;
+    uint32_t n;
+} own_rows;
+
+static void own_rows_task(void *ctx, uint32_t head, uint32_t thread)
+{
+    const own_rows *x = ctx;
+    const kvs_session *s = x->s;
+    const kvs_model *m = s->model;
+    const uint32_t dh = m->info.head_dim, n_kv_heads = m->info.n_kv_heads, group = m->info.n_heads / n_kv_heads;
+    const uint32_t layer = head / n_kv_heads, kv_head = head % n_kv_heads;
+    kvs_view_scratch *t = &s->scratch.threads[thread];
+    const kvs_head_slots slots = {.rope_pos = t->rope_pos};
+    const uint32_t n_live = kvs_cache_read_head(s->cache, layer, kv_head, &slots);
+    const uint32_t n_pages = kvs_cache_n_pages(s->cache, layer, kv_head);
+    const uint32_t n_physical = kvs_cache_n_physical(s->cache, layer, kv_head);
+    const size_t stride = kvs_round_up(n_physical, KVS_TILE_SLOTS), width = (size_t)group * dh;
+    kvs_cache_views(s->cache, layer, kv_head, t->pages, NULL);
+    for (uint32_t r = 0; r < x->n; r++) {
+        float cos_sin[KVS_HEAD_DIM_MAX];
+        kvs_rope_row(&m->rope, t->rope_pos[n_live - x->n + r], cos_sin);
+        memcpy(t->query + r * width, kvs_query_log_row(&s->queries, layer, kv_head, s->n_tokens + r),
+               width * sizeof(float));
+        m->kernels->rope(t->query + r * width, group, dh, cos_sin, m->n_freq);
+    }
+    const uint32_t first_slot = page_of_newest(t->pages, n_pages, x->n) * KVS_PAGE_SLOTS;
+    for (uint32_t row = 0; row < x->n; row += KVS_ATTN_ROWS_MAX) {
+        const kvs_attn_job job = {
+            .pages = t->pages,
+            .limit0 = n_physical,
+            .n_rows = kvs_min_u32(KVS_ATTN_ROWS_MAX, x->n - row),
+            .group = group,
+            .head_dim = dh,
+            .kv_f32 = s->options.kv_type == KVS_KV_F32,
+            .scale = 1.0f / __builtin_sqrtf((float)dh),
+            .q = t->query + row * width,
+            .q_stride = width,
+            .rope = &m->rope,
+        };
+        m->kernels->attend_scores(&job, first_slot, n_physical, t->physical, stride, t->most);
+        for (uint32_t r = 0; r < job.n_rows * group; r++) {
+            copy_newest(t->pages, n_pages, t->physical + r * stride, x->n, t->prob);
+            *own_at(s, head, row + r / group, r % group) =
+                (float)m->kernels->logsumexp(t->prob, row + r / group + 1, NULL);
+        }
+    }
+}
+
+void kvs_view_own_rows(kvs_session *s, uint32_t n)
+{
+    own_rows x = {s, n};
+    kvs_pool_run(s->model->pool, own_rows_task, &x, s->scratch.n_heads);
+    s->probe.n_own = n;
+}
+
+/* Rows of the window that were said have themselves in the cache. */
+static double own_of_row(const kvs_session *s, const kvs_policy_view *v, uint32_t row, uint32_t g)
+{
+    const uint32_t n_said = v->n_window - kvs_min_u32(v->n_window, s->probe.n_own);
+    if (row < n_said || s->probe.n_own == 0)
+        return -(double)INFINITY;
+    return *own_at(s, v->layer * v->n_kv_heads + v->kv_head, row - n_said, g);
 }
 
 static void read_window(const kvs_session *s, kvs_policy_view *v, kvs_view_scratch *t)
@@ -218,7 +291,8 @@ static void read_window(const kvs_session *s, kvs_policy_view *v, kvs_view_scrat
                 copy_newest(t->pages, n_pages, t->physical + r * stride, v->n_pair, t->pair + query * v->n_pair);
             if (t->prob != NULL)
                 soften(m->kernels, v, t->pages, n_pages, t->physical + r * stride, t->window_pos[row + r / group],
-                       t->logit == NULL ? NULL : t->logit + at, t->prob + at);
+                       own_of_row(s, v, row + r / group, r % group), t->logit == NULL ? NULL : t->logit + at,
+                       t->prob + at);
         }
     }
     v->window_pair = t->pair;

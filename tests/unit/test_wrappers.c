@@ -281,6 +281,66 @@ static void a_threshold_breaks_the_budget(void **state)
     kvs_session_free(&s);
 }
 
+/* ---- +probe=prompt ---- */
+
+typedef struct seen_scores {
+    const kvs_session *s;
+    uint32_t n; /* events */
+    float scores[6][64];
+} seen_scores;
+
+static void on_first_eviction(void *ctx, const kvs_event *event)
+{
+    seen_scores *x = ctx;
+    (void)event;
+    for (uint32_t h = 0; h < 6 && x->n == 0; h++)
+        memcpy(x->scores[h], x->s->scratch.scores + (size_t)h * x->s->scratch.stride, sizeof x->scores[h]);
+    x->n++;
+}
+
+/* The prompt's last rows score a chunk as if they stood behind it for good: then they give themselves a part of their
+ * attention, and so they do where they are thrown away. In every mode, after an eviction that left gaps too. */
+static void rows_of_the_prompt_do_not_look_as_if_they_were_held(void **state)
+{
+    (void)state;
+    enum { FIRST = 30, KEPT = 14, AT = 64, ROWS = 8, HELD = KEPT + AT - FIRST };
+    static const char *const specs[] = {
+        "snapkv:window=8,kernel=1 +probe=prompt:rows=8 +schedule=every:64 +protect=none +keep=12tok",
+        "snapkv:window=8,kernel=1 +protect=none +keep=12tok"};
+    static const char *const modes[] = {"keep", "rerotate", "gapcap:3"};
+    static seen_scores seen[2];
+    for (int i = 0; i < 3; i++) {
+        for (int k = 0; k < 2; k++) {
+            kvs_session_options o;
+            kvs_session_options_default(&o);
+            o.policy = specs[k];
+            o.position = modes[i];
+            o.budget_tokens = ROOMY;
+            o.kv_type = KVS_KV_F32;
+            o.arith = KVS_ARITH_F32;
+            kvs_error err = {.message = ""};
+            kvs_session *s = fx_session(model, &o);
+            assert_non_null(s);
+            /* No prompt is coming in here: both keep the same, with gaps. */
+            assert_int_equal(kvs_session_extend(s, tokens, NULL, FIRST, NULL, &err), KVS_OK);
+            assert_int_equal(kvs_session_evict(s, KEPT, &err), KVS_OK);
+            seen[k] = (seen_scores){.s = s};
+            kvs_session_on_event(s, on_first_eviction, &seen[k]);
+            assert_int_equal(kvs_session_extend(s, tokens + FIRST, NULL, AT + ROWS - FIRST, NULL, &err), KVS_OK);
+            if (k == 1)
+                assert_int_equal(kvs_session_evict(s, 12, &err), KVS_OK);
+            assert_int_equal(seen[k].n, 1);
+            kvs_session_free(&s);
+        }
+        for (uint32_t h = 0; h < 6; h++)
+            for (uint32_t slot = 0; slot < HELD; slot++) {
+                const double a = (double)seen[0].scores[h][slot], c = (double)seen[1].scores[h][slot];
+                if (!(fabs(a - c) <= 1e-5 * fabs(c)))
+                    fail_msg("%s, head %u, slot %u: %g instead of %g", modes[i], h, slot, a, c);
+            }
+    }
+}
+
 /* ---- hae ---- */
 
 static void an_empty_bin_is_not_greedy(void **state)
@@ -336,11 +396,17 @@ static void a_broadcast_set_differs_between_layers(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(a_stretch_pays_for_another),       cmocka_unit_test(one_stretch_is_not_the_usual_selection),
-        cmocka_unit_test(a_slot_forgets_its_first_score),   cmocka_unit_test(a_threshold_keeps_a_count),
-        cmocka_unit_test(a_slot_stays_below_the_threshold), cmocka_unit_test(a_threshold_that_all_pass_evicts),
-        cmocka_unit_test(a_threshold_breaks_the_budget),    cmocka_unit_test(an_empty_bin_is_not_greedy),
-        cmocka_unit_test(a_bin_is_emptied_too_early),       cmocka_unit_test(a_broadcast_set_differs_between_layers),
+        cmocka_unit_test(a_stretch_pays_for_another),
+        cmocka_unit_test(one_stretch_is_not_the_usual_selection),
+        cmocka_unit_test(a_slot_forgets_its_first_score),
+        cmocka_unit_test(a_threshold_keeps_a_count),
+        cmocka_unit_test(a_slot_stays_below_the_threshold),
+        cmocka_unit_test(a_threshold_that_all_pass_evicts),
+        cmocka_unit_test(rows_of_the_prompt_do_not_look_as_if_they_were_held),
+        cmocka_unit_test(a_threshold_breaks_the_budget),
+        cmocka_unit_test(an_empty_bin_is_not_greedy),
+        cmocka_unit_test(a_bin_is_emptied_too_early),
+        cmocka_unit_test(a_broadcast_set_differs_between_layers),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }
