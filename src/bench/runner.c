@@ -11,6 +11,7 @@
 #include "policy/policy.h"
 
 #include <math.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -75,6 +76,9 @@ static kvs_status read_options(bench *b, kvs_error *err)
     }
     if (o->free_running)
         b->scaled.free_dialogues = b->scaled.n_dialogues;
+    if (!b->suite->registry && o->profiles_dir != NULL)
+        return kvs_error_set(err, KVS_EINVAL, "suite %s names no preset that needs a file: --profiles is for methods",
+                             b->suite->name);
     if (b->suite->registry && (o->paper_compat || o->free_running))
         return kvs_error_set(err, KVS_EINVAL, "suite %s is teacher-forced and holds every policy alike: it takes no %s",
                              b->suite->name, o->paper_compat ? "--paper-compat" : "--free-running");
@@ -143,7 +147,8 @@ static void make_key(bench *b)
     XXH64_reset(h, 0);
     const char *sha = kvs_model_sha256(b->model);
     XXH64_update(h, sha, strlen(sha));
-    XXH64_update(h, b->runs, b->n_runs * sizeof *b->runs);
+    for (uint32_t i = 0; i < b->n_runs; i++)
+        XXH64_update(h, &b->runs[i], offsetof(kvs_bench_run_spec, sensitivity)); /* no suite has episodes */
     const uint64_t words[] = {
         b->opt->seed,         (uint64_t)b->arith,       (uint64_t)b->kv_type,    b->data.xxh64,
         b->opt->paper_compat, b->scaled.trigger_tokens, b->scaled.target_tokens, b->scaled.long_tokens,

@@ -40,7 +40,7 @@ typedef struct kvs_bench_run_spec {
     bool is_reference;        /* the full cache */
     uint32_t n_episodes;      /* not 0: episodes of the dialogue so far (kvs_episodes); only recall can play that */
     bool uniform_heads;       /* of episodes */
-    const float *sensitivity; /* the same, [n_layers], or NULL */
+    const float *sensitivity; /* the same, [n_layers], or NULL; last, for it says nothing in a key */
 } kvs_bench_run_spec;
 
 const kvs_suite *kvs_suite_find(const char *name);

@@ -74,13 +74,13 @@ static uint32_t placeholder(char c, uint32_t keep)
     case 'd':
         return keep / 12;
     case 'D':
-        return keep / 6;
+        return kvs_max_u32(keep / 6, 1);
     case 'p':
         return keep / 36;
     case 'P':
-        return keep * 2 / 9;
+        return kvs_max_u32(keep * 2 / 9, 1);
     case 'q':
-        return keep / 4;
+        return kvs_max_u32(keep / 4, 1);
     default:
         return (uint32_t)(2048 * scale + 0.5);
     }
@@ -99,29 +99,60 @@ static void insert_file(const char *spec, const char *file, char *out, size_t ca
 {
     const char *at = strstr(spec, "+budget=");
     at = at == NULL ? spec : at + strlen("+budget=");
-    at += strcspn(at, ": +");
+    at += strcspn(at, ": +\t\n\v\f\r");
     const bool more = *at == ':';
     snprintf(out, cap_bytes, "%.*s:file=%s%s%s", (int)(at - spec), spec, file, more ? "," : "", more ? at + 1 : at);
+}
+
+/* The kinds of file that may stand for this policy's, the best first: a preset's own (PruLong's roles come from training, which
+ * is not here: DuoAttention's scores stand in); a stage's in the order that it names them. */
+static uint32_t kinds_for(const kvs_policy *p, const char *kinds[8])
+{
+    uint32_t n = 0;
+    for (uint32_t i = 0; p->budget->file->kinds[i] != NULL && n < 8; i++) {
+        const char *const kind = p->budget->file->kinds[i];
+        if (strcmp(kind, p->ops->name) == 0) { /* its own: no other */
+            kinds[0] = kind;
+            kinds[1] = "duo";
+            return strcmp(kind, "prulong") == 0 ? 2 : 1;
+        }
+        kinds[n++] = kind;
+    }
+    return n;
 }
 
 /* Whose file is not given and not found: *missing. Else the spec, with the file that fits this model and its hash. */
 static kvs_status with_file(const grid *g, const char *spec, char *out, size_t cap_bytes, bool *missing, kvs_error *err)
 {
-    char path[337], sha256[KVS_PROFILE_SHA_BYTES], file[KVS_POLICY_FILE_BYTES];
+    char path[337] = "", sha256[KVS_PROFILE_SHA_BYTES], file[KVS_POLICY_FILE_BYTES];
+    const char *kinds[8];
     kvs_policy p;
     snprintf(out, cap_bytes, "%s", spec);
     KVS_TRY(kvs_policy_parse(spec, NULL, false, &p, err));
     *missing = p.budget != NULL && p.budget->file != NULL && p.budget_file[0] == '\0';
     if (!*missing || g->opt->profiles_dir == NULL)
         return KVS_OK;
-    const char *const prefer = p.ops->budget != NULL ? p.ops->name : p.budget->info.name;
-    KVS_TRY(kvs_profile_find(g->opt->profiles_dir, p.budget->file, prefer, &g->suite->model, path, sizeof path, sha256,
-                             err));
+    const uint32_t n = kinds_for(&p, kinds);
+    for (uint32_t i = 0; i < n && path[0] == '\0'; i++)
+        KVS_TRY(kvs_profile_find(g->opt->profiles_dir, p.budget->file, kinds[i], &g->suite->model, path, sizeof path,
+                                 sha256, err));
     if (path[0] == '\0')
         return KVS_OK;
     *missing = false;
     snprintf(file, sizeof file, "%.336s,hash=%.*s", path, KVS_POLICY_HASH_BYTES - 1, sha256);
     insert_file(spec, file, out, cap_bytes);
+    return KVS_OK;
+}
+
+/* A folder goes into specs, where some characters mean something else. */
+static kvs_status check_folder(const char *folder, kvs_error *err)
+{
+    enum { FOLDER_BYTES_MAX = 160 };
+    if (folder != NULL && (strlen(folder) > FOLDER_BYTES_MAX || strpbrk(folder, ",+ \t\n\v\f\r") != NULL))
+        return kvs_error_set(err, KVS_EINVAL,
+                             "--profiles: '%.200s' must be a folder without blank, comma and plus, of %d characters at "
+                             "most",
+                             folder, FOLDER_BYTES_MAX);
     return KVS_OK;
 }
 
@@ -149,8 +180,14 @@ static kvs_status add_cell(grid *g, const char *spec, bool full_first, const cha
     bool missing;
     kvs_suite_fill(pattern_of(spec), placeholder, keep, filled, sizeof filled);
     KVS_TRY(with_file(g, filled, text, sizeof text, &missing, err));
+    if (missing && g->opt->n_policies > 0)
+        return kvs_error_set(
+            err, KVS_EINVAL,
+            "%.120s needs a file: give file=PATH, or --profiles with a folder that has one of this model "
+            "(kvasir profile)",
+            spec);
     if (missing)
-        return KVS_OK; /* left out: no file of this model's */
+        return KVS_OK; /* left out */
     int length;
     if (full_first)
         length = snprintf(r->policy, sizeof r->policy, "%s +protect=none +keep=%utok +schedule=once:%utok", text, keep,
@@ -255,6 +292,7 @@ kvs_status kvs_suite_registry_runs(const kvs_suite *suite, const kvs_bench_optio
                                    uint32_t *n_runs, kvs_error *err)
 {
     grid g = {suite, opt, runs, 0};
+    KVS_TRY(check_folder(opt->profiles_dir, err));
     kvs_suite_reference(&runs[g.n++]);
     for (uint32_t i = 0; i < opt->n_policies; i++)
         if (strncmp(opt->policies[i], "baseline", 8) != 0)

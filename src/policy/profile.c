@@ -200,36 +200,37 @@ static int is_json(const struct dirent *e)
     return n > 5 && strcmp(e->d_name + n - 5, ".json") == 0;
 }
 
-kvs_status kvs_profile_find(const char *folder, const kvs_profile_want *want, const char *prefer,
+kvs_status kvs_profile_find(const char *folder, const kvs_profile_want *want, const char *kind,
                             const kvs_profile_model *model, char *path, size_t cap_bytes,
                             char sha256[KVS_PROFILE_SHA_BYTES], kvs_error *err)
 {
     const kvs_allocator *const heap = kvs_allocator_default();
-    const char *const one[] = {prefer, NULL};
+    const char *const kinds[] = {kind, NULL};
+    kvs_profile_want of = *want;
+    of.kinds = kinds;
     struct dirent **names;
     const int n = scandir(folder, &names, is_json, alphasort);
     path[0] = sha256[0] = '\0';
     if (n < 0)
         return kvs_error_set(err, KVS_EIO, "folder %.200s cannot be read: %s", folder, strerror(errno));
-    for (int pass = 0; pass < 2 && path[0] == '\0'; pass++) {
-        kvs_profile_want of = *want;
-        of.kinds = pass == 0 ? one : want->kinds;
-        for (int i = 0; i < n && path[0] == '\0'; i++) {
-            char at[4096];
-            kvs_profile p;
-            const int length = snprintf(at, sizeof at, "%s/%s", folder, names[i]->d_name);
-            if ((size_t)length >= cap_bytes || (size_t)length >= sizeof at ||
-                kvs_profile_read(at, &of, model, heap, &p, NULL) != KVS_OK)
-                continue;
-            memcpy(path, at, (size_t)length + 1);
+    kvs_status status = KVS_OK;
+    for (int i = 0; i < n && path[0] == '\0' && status == KVS_OK; i++) {
+        kvs_profile p;
+        const int length = snprintf(path, cap_bytes, "%s/%s", folder, names[i]->d_name);
+        const bool fits = length > 0 && (size_t)length < cap_bytes;
+        const kvs_status found = fits ? kvs_profile_read(path, &of, model, heap, &p, err) : KVS_EFORMAT;
+        if (found == KVS_OK) {
             memcpy(sha256, p.sha256, sizeof p.sha256);
             kvs_profile_free(&p, heap);
+            continue;
         }
+        path[0] = '\0'; /* of something else */
+        status = found == KVS_ENOMEM ? found : KVS_OK;
     }
     for (int i = 0; i < n; i++)
         free(names[i]);
     free(names);
-    return KVS_OK;
+    return status;
 }
 
 kvs_status kvs_profile_copy(const kvs_profile *from, const kvs_allocator *a, kvs_profile *out, kvs_error *err)

@@ -39,9 +39,9 @@ typedef struct kvs_profile_model {
  * EIO it cannot be read; EFORMAT it is no profile, of another kind or model, or holds a number out of range; ENOMEM. */
 kvs_status kvs_profile_read(const char *path, const kvs_profile_want *want, const kvs_profile_model *model,
                             const kvs_allocator *a, kvs_profile *out, kvs_error *err);
-/* The first file by name in `folder` that a stage takes for this model: of kind `prefer` if there is one, else of any it can
- * use. path is empty where there is none; sha256 is the file's. EIO: the folder cannot be read. */
-kvs_status kvs_profile_find(const char *folder, const kvs_profile_want *want, const char *prefer,
+/* The first file by name in `folder` of this kind and model that a stage can read. path is empty where there is none; sha256
+ * is the file's. EIO: the folder cannot be read; ENOMEM. */
+kvs_status kvs_profile_find(const char *folder, const kvs_profile_want *want, const char *kind,
                             const kvs_profile_model *model, char *path, size_t cap_bytes,
                             char sha256[KVS_PROFILE_SHA_BYTES], kvs_error *err);
 kvs_status kvs_profile_copy(const kvs_profile *from, const kvs_allocator *a, kvs_profile *out, kvs_error *err);

@@ -119,6 +119,8 @@ static kvs_status parse_keep(const char *text, kvs_policy *p, kvs_error *err)
     double x;
     const size_t n = strlen(text);
     word share;
+    if (n > SPEC_BYTES_MAX) /* a plug-in's */
+        return kvs_error_set(err, KVS_EINVAL, "keep of %zu characters is over the longest, %d", n, SPEC_BYTES_MAX);
     if (n > 3 && strcmp(text + n - 3, "tok") == 0) {
         uint64_t bytes, tokens;
         KVS_TRY(kvs_size_parse(text, &bytes, &tokens, err));

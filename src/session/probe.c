@@ -129,6 +129,8 @@ kvs_status kvs_probe_create(kvs_session *s, kvs_error *err)
     lay_out(p, p->block, s->scratch.n_slots, n_most, n_own);
     if (!looks)
         p->own = NULL;
+    if (n_most == 0)
+        p->most = NULL;
     if (lent)
         p->most = s->kin->probe.most;
     for (int i = 0; i < 3; i++)

@@ -25,11 +25,12 @@ static void grid_of(const kvs_bench_options *opt, kvs_bench_run_spec *runs, uint
         fail_msg("%s", err.message);
 }
 
-static char folder[] = "/tmp/kvs-test-profiles-XXXXXX";
+static char folder[sizeof "/tmp/kvs-test-profiles-XXXXXX"];
 
 /* A file for every budget stage that reads one, and what must not be taken: a text, and a file of another model. */
 static void write_profiles(void)
 {
+    strcpy(folder, "/tmp/kvs-test-profiles-XXXXXX");
     assert_non_null(mkdtemp(folder));
     for (uint32_t i = 0; kvs_budget_at(i) != NULL; i++) {
         const kvs_profile_want *want = kvs_budget_at(i)->file;
@@ -105,9 +106,44 @@ static void a_preset_without_its_file_is_left_out(void **state)
     kvs_suite suite = *kvs_suite_find("methods");
     kvs_error err;
     suite.token_bytes = 23040;
+    const char *const named[] = {"duo"};
+    assert_true(n > 200);
+    assert_int_equal(
+        kvs_suite_registry_runs(&suite, &(kvs_bench_options){.policies = named, .n_policies = 1}, runs, &n, &err),
+        KVS_EINVAL); /* a person who asks for it is told */
+    assert_non_null(strstr(err.message, "duo needs a file"));
+    assert_int_equal(kvs_suite_registry_runs(&suite, &(kvs_bench_options){.profiles_dir = "/tmp/a, b"}, runs, &n, &err),
+                     KVS_EINVAL);
+    assert_non_null(strstr(err.message, "--profiles: '/tmp/a, b'"));
     const kvs_bench_options no_folder = {.profiles_dir = "/tmp/kvs-test-no-such-folder"};
     assert_int_equal(kvs_suite_registry_runs(&suite, &no_folder, runs, &n, &err), KVS_EIO);
     assert_non_null(strstr(err.message, "/tmp/kvs-test-no-such-folder"));
+    free(runs);
+}
+
+/* The file of the stage that reads it, not of the preset whose stage it replaces; specs in any shape; small budgets. */
+static void a_file_stands_behind_another_choice(void **state)
+{
+    (void)state;
+    static const char *const specs[] = {"duo +budget=baklava", "kvzip-head\t+budget=roles:share=0.4", "prulong",
+                                        "snapkv:window=8 +budget=lukv +select=token"};
+    static const char *const kinds[] = {"/baklava-", "/kvzip-head-", "/prulong-", "/lukv-"};
+    static const char *const budgets[] = {"1tok", "5tok"};
+    kvs_bench_run_spec *runs = calloc(KVS_BENCH_RUNS_MAX, sizeof *runs);
+    uint32_t n;
+    write_profiles();
+    grid_of(
+        &(kvs_bench_options){
+            .profiles_dir = folder, .policies = specs, .n_policies = 4, .budgets = budgets, .n_budgets = 2},
+        runs, &n);
+    remove_profiles();
+    assert_int_equal(n, 9);
+    for (uint32_t i = 1; i < n; i++) {
+        kvs_policy p;
+        assert_int_equal(kvs_policy_parse(runs[i].policy, runs[i].position, false, &p, NULL), KVS_OK);
+        if (strstr(p.budget_file, kinds[(i - 1) / 2]) == NULL)
+            fail_msg("%s reads %s", runs[i].policy, p.budget_file);
+    }
     free(runs);
 }
 
@@ -309,6 +345,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_preset_without_its_file_is_left_out),
+        cmocka_unit_test(a_file_stands_behind_another_choice),
         cmocka_unit_test(every_preset_is_held_at_the_same_slots),
         cmocka_unit_test(a_budget_that_is_never_reached_is_refused),
         cmocka_unit_test(a_cut_script_ends_where_it_is_cut),

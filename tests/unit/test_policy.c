@@ -213,6 +213,12 @@ static void a_share_of_what_was_said_is_one_of_what_is_held(void **state)
     assert_int_equal(kvs_policy_check("streaming +keep=1.5said", &err), KVS_EINVAL);
     assert_non_null(strstr(err.message, "1.5said"));
     assert_int_equal(kvs_policy_check("streaming +keep=said", &err), KVS_EINVAL);
+    static char digits[600]; /* a plug-in's preset may say anything */
+    memset(digits, '1', sizeof digits - 5);
+    strcpy(digits + sizeof digits - 5, "said");
+    kvs_policy_ops odd = *kvs_policy_find("streaming");
+    odd.keep = digits;
+    assert_int_equal(kvs_policy_parse_tail(&odd, "", NULL, false, &p, &err), KVS_EINVAL);
 }
 
 static void gist_attentive_fills_the_middle_by_attention(void **state)
