@@ -16,14 +16,16 @@ const modeColour = position => (MODES.includes(modeKind(position)) ? `var(--${mo
 const modeDash = position => DASH[modeKind(position)] || null;
 
 const policies = [...new Set(M.runs.map(r => r.policy))];
-const heads = policies.map(p => p.split(/[:+ ]/)[0]);
+const heads = policies.map(p => p.split(/[: ]|\+(?=[a-z]+=)/)[0]); // kvzip+ is a name
 const count = (n, word) => `${n} ${word}${n === 1 ? '' : 's'}`;
 const cut = (s, n) => (s.length > n ? s.slice(0, n - 1) + '\u2026' : s);
 /* Two policies of one preset are told apart by the words that only one of them has. */
-const specWords = i => policies[i].slice(heads[i].length).split(/[:,\s]+/).filter(Boolean);
+const LATE = ' (full first)';
+const specWords = i => policies[i].slice(heads[i].length).replace(LATE, '').split(/[:,\s]+/).filter(Boolean);
 const policyName = policies.map((p, i) => {
   const family = policies.map((q, k) => k).filter(k => heads[k] === heads[i]);
-  return [heads[i], ...specWords(i).filter(word => !family.every(k => specWords(k).includes(word)))].join(' ');
+  return [heads[i], ...specWords(i).filter(word => !family.every(k => specWords(k).includes(word)))].join(' ') +
+    (p.endsWith(LATE) ? LATE : '');
 });
 /* Shortened in the preset's name, since its words are what tells it apart. */
 function cutName(name, n) {

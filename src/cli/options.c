@@ -73,6 +73,8 @@ const kvs_cli_command kvs_cli_commands[] = {
      "results; --resume goes on. " SPEC_TEXT,
      "kvasir bench --suite smoke\ta first look, in a few minutes\n"
      "kvasir bench --suite paper --data dialogues/ --out out/paper\tthe claims of arXiv 2511.04686\n"
+     "kvasir bench --suite methods --policy 'snapkv (full first)' --policy caote\ttwo methods as docs/methods.md has "
+     "them\n"
      "kvasir bench --policy streaming --policy random --budget 1024tok --position keep --position rerotate\tan own "
      "grid\n",
      0, 0, kvs_cmd_bench},
