@@ -247,7 +247,7 @@ static double own_of_row(const kvs_session *s, const kvs_policy_view *v, uint32_
     const uint32_t n_said = v->n_window - kvs_min_u32(v->n_window, s->probe.n_own);
     if (row < n_said || s->probe.n_own == 0)
         return -(double)INFINITY;
-    return *own_at(s, v->layer * v->n_kv_heads + v->kv_head, row - n_said, g);
+    return (double)*own_at(s, v->layer * v->n_kv_heads + v->kv_head, row - n_said, g);
 }
 
 static void read_window(const kvs_session *s, kvs_policy_view *v, kvs_view_scratch *t)
