@@ -517,10 +517,10 @@ static kvs_status run_bench(bench *b, kvs_error *err)
 {
     char parts_dir[2200];
     snprintf(parts_dir, sizeof parts_dir, "%s/parts", b->opt->out_dir);
-    KVS_TRY(kvs_output_make_dir(parts_dir, err));
     const kvs_model_options options = {.n_threads = b->opt->n_threads, .cpu_mask = b->opt->cpu_mask};
     KVS_TRY(kvs_model_open(b->opt->model_path, &options, &b->model, err));
     KVS_TRY(make_registry_runs(b, err));
+    KVS_TRY(kvs_output_make_dir(parts_dir, err)); /* what is refused leaves no folder behind */
     KVS_TRY(make_dialogues(b, err));
     make_key(b);
     bool complete;
