@@ -27,6 +27,9 @@ typedef struct kvs_suite {
     kvs_profile_model model;
 } kvs_suite;
 
+/* Behind a spec in suite methods: the cache is full until scoring begins, then evicted once. */
+#define KVS_SUITE_FULL_FIRST " (full first)"
+
 /* One cell of the grid. */
 typedef struct kvs_bench_run_spec {
     char id[160];     /* unique: what a person reads in tables */

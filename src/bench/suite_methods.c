@@ -51,7 +51,6 @@ static const char *const combinations[] = {
 /* Presets that score what is held as a whole see the full cache first; these stand beside them, treated the same. */
 static const char *const after_full[] = {"snapkv", "streaming",          "random", "tova", "pyramidkv", "adakv",
                                          "lukv",   "expected_attention", NULL};
-static const char full_first_mark[] = " (full first)";
 
 typedef struct grid {
     const kvs_suite *suite;
@@ -210,8 +209,8 @@ static kvs_status add_cell(grid *g, const char *spec, bool full_first, const cha
     if (!full_first && p.probe != NULL)
         r->budget_tokens += (uint32_t)p.probe_params[0] + (p.probe->kind == KVS_PROBE_EXTRACT ? REQUEST_TOKENS : 0);
     snprintf(r->position, sizeof r->position, "%s", position);
-    snprintf(r->id, sizeof r->id, "%.110s%s/%s/%.20s", spec, full_first ? full_first_mark : "", position, budget);
-    snprintf(r->label, sizeof r->label, "%.80s%s", spec, full_first ? full_first_mark : "");
+    snprintf(r->id, sizeof r->id, "%.110s%s/%s/%.20s", spec, full_first ? KVS_SUITE_FULL_FIRST : "", position, budget);
+    snprintf(r->label, sizeof r->label, "%.80s%s", spec, full_first ? KVS_SUITE_FULL_FIRST : "");
     snprintf(r->share, sizeof r->share, "%.20s", budget);
     for (uint32_t i = 0; i < g->n; i++)
         if (strcmp(g->runs[i].id, r->id) == 0)
@@ -294,8 +293,8 @@ static kvs_status add_stages(grid *g, kvs_error *err)
 static kvs_status add_named(grid *g, const char *spec, kvs_error *err)
 {
     char text[400];
-    const size_t n = strlen(spec), n_mark = sizeof full_first_mark - 1;
-    const bool marked = n > n_mark && strcmp(spec + n - n_mark, full_first_mark) == 0;
+    const size_t n = strlen(spec), n_mark = sizeof KVS_SUITE_FULL_FIRST - 1;
+    const bool marked = n > n_mark && strcmp(spec + n - n_mark, KVS_SUITE_FULL_FIRST) == 0;
     if (n >= sizeof text)
         return kvs_error_set(err, KVS_EINVAL, "policy spec of %zu characters is over the longest, %zu", n,
                              sizeof text - 1);

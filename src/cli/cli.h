@@ -59,12 +59,13 @@ typedef struct kvs_cli_args {
     /* eval, chat */
     kvs_cli_numbers episodes;
     bool uniform_heads, keep_turns;
+    const char *sensitivity;
     /* speed */
     kvs_cli_numbers depths;
     uint32_t prompt_tokens, gen_tokens, repeats, n_sessions;
     const char *plot;
     /* bench */
-    const char *suite, *data, *out, *shard, *profiles, *sensitivity;
+    const char *suite, *data, *out, *shard, *profiles;
     uint32_t n_dialogues;
     bool resume, free_running;
     const char *operands[KVS_CLI_OPERANDS_MAX];

@@ -1,6 +1,7 @@
 /* From the common options to a model and session options; sizes, JSON, progress, interrupts. Files are in files.c. */
 #include "cli/cli.h"
 
+#include "bench/suite.h"
 #include "model/model.h"
 #include "policy/policy.h"
 
@@ -133,7 +134,7 @@ int kvs_cli_check_common(const kvs_cli_args *args)
                                args->template_name);
     for (uint32_t i = 0; i < args->policies.n; i++)
         /* A bench grid marks some runs behind the spec; the suite checks those. */
-        if (!(is_bench && strstr(args->policies.items[i], " (full first)") != NULL) &&
+        if (!(is_bench && strstr(args->policies.items[i], KVS_SUITE_FULL_FIRST) != NULL) &&
             kvs_policy_check(args->policies.items[i], &err) != KVS_OK)
             return kvs_cli_usage_error(args->command, "--policy: %s", err.message);
     return 0;

@@ -76,7 +76,7 @@ static uint32_t text_max(const kvs_probe *p)
 
 static void *part(uint8_t *base, size_t *at, size_t n, size_t size)
 {
-    void *const here = base == NULL ? NULL : base + *at;
+    void *const here = base == NULL || n == 0 ? NULL : base + *at;
     *at += kvs_round_up(n * size, KVS_ALIGN);
     return here;
 }
@@ -127,10 +127,6 @@ kvs_status kvs_probe_create(kvs_session *s, kvs_error *err)
         return kvs_error_set(err, KVS_ENOMEM, "no memory for the rows of probe %s", s->policy.probe->info.name);
     }
     lay_out(p, p->block, s->scratch.n_slots, n_most, n_own);
-    if (!looks)
-        p->own = NULL;
-    if (n_most == 0)
-        p->most = NULL;
     if (lent)
         p->most = s->kin->probe.most;
     for (int i = 0; i < 3; i++)

@@ -151,6 +151,7 @@ static kvs_status plan_compat(kvs_session *s, kvs_forward *f, const kvs_run *run
     return KVS_OK;
 }
 
+/* With s->pending set. */
 static kvs_status plan_rows(kvs_session *s, kvs_forward *f, const kvs_run *run, uint32_t at, uint32_t *n_rows,
                             kvs_error *err)
 {

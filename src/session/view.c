@@ -179,66 +179,92 @@ static void copy_newest(const kvs_page_view *pages, uint32_t n_pages, const floa
     }
 }
 
+/* Queries of the log against one head's slots. */
+typedef struct window_reader {
+    const kvs_session *s;
+    kvs_view_scratch *t;
+    uint32_t layer, kv_head, n_rows, n_pages, n_physical;
+    size_t stride, width; /* of a row of scores; of a row's queries */
+} window_reader;
+
+static window_reader open_window(const kvs_session *s, kvs_view_scratch *t, uint32_t layer, uint32_t kv_head,
+                                 uint32_t n_rows)
+{
+    const kvs_model_info *info = &s->model->info;
+    const uint32_t n_physical = kvs_cache_n_physical(s->cache, layer, kv_head);
+    kvs_cache_views(s->cache, layer, kv_head, t->pages, NULL);
+    return (window_reader){.s = s,
+                           .t = t,
+                           .layer = layer,
+                           .kv_head = kv_head,
+                           .n_rows = n_rows,
+                           .n_pages = kvs_cache_n_pages(s->cache, layer, kv_head),
+                           .n_physical = n_physical,
+                           .stride = kvs_round_up(n_physical, KVS_TILE_SLOTS),
+                           .width = (size_t)(info->n_heads / info->n_kv_heads) * info->head_dim};
+}
+
+static void read_query(const window_reader *w, uint32_t row, uint64_t token_idx, int32_t rope_pos)
+{
+    const kvs_model *m = w->s->model;
+    float cos_sin[KVS_HEAD_DIM_MAX], *const q = w->t->query + row * w->width;
+    kvs_rope_row(&m->rope, rope_pos, cos_sin);
+    memcpy(q, kvs_query_log_row(&w->s->queries, w->layer, w->kv_head, token_idx), w->width * sizeof *q);
+    m->kernels->rope(q, m->info.n_heads / m->info.n_kv_heads, m->info.head_dim, cos_sin, m->n_freq);
+}
+
+/* Scores of rows from `row` on into t->physical, from the first slot of a page: how many rows it did. */
+static uint32_t score_rows(const window_reader *w, uint32_t row, uint32_t first_page)
+{
+    const kvs_model *m = w->s->model;
+    const kvs_attn_job job = {
+        .pages = w->t->pages,
+        .limit0 = w->n_physical,
+        .n_rows = kvs_min_u32(KVS_ATTN_ROWS_MAX, w->n_rows - row),
+        .group = m->info.n_heads / m->info.n_kv_heads,
+        .head_dim = m->info.head_dim,
+        .kv_f32 = w->s->options.kv_type == KVS_KV_F32,
+        .scale = 1.0f / __builtin_sqrtf((float)m->info.head_dim),
+        .q = w->t->query + row * w->width,
+        .q_stride = w->width,
+        .rope = &m->rope,
+    };
+    m->kernels->attend_scores(&job, first_page * KVS_PAGE_SLOTS, w->n_physical, w->t->physical, w->stride, w->t->most);
+    return job.n_rows;
+}
+
 static float *own_at(const kvs_session *s, uint32_t head, uint32_t row, uint32_t g)
 {
     const uint32_t group = s->model->info.n_heads / s->model->info.n_kv_heads;
     return s->probe.own + ((size_t)head * s->probe.chunk_tokens + row) * group + g;
 }
 
-typedef struct own_rows {
-    kvs_session *s;
-    uint32_t n;
-} own_rows;
-
 static void own_rows_task(void *ctx, uint32_t head, uint32_t thread)
 {
-    const own_rows *x = ctx;
-    const kvs_session *s = x->s;
-    const kvs_model *m = s->model;
-    const uint32_t dh = m->info.head_dim, n_kv_heads = m->info.n_kv_heads, group = m->info.n_heads / n_kv_heads;
-    const uint32_t layer = head / n_kv_heads, kv_head = head % n_kv_heads;
+    const kvs_session *s = ctx;
+    const uint32_t n_kv_heads = s->model->info.n_kv_heads, group = s->model->info.n_heads / n_kv_heads;
+    const uint32_t n = s->probe.n_own;
     kvs_view_scratch *t = &s->scratch.threads[thread];
+    const window_reader w = open_window(s, t, head / n_kv_heads, head % n_kv_heads, n);
     const kvs_head_slots slots = {.rope_pos = t->rope_pos};
-    const uint32_t n_live = kvs_cache_read_head(s->cache, layer, kv_head, &slots);
-    const uint32_t n_pages = kvs_cache_n_pages(s->cache, layer, kv_head);
-    const uint32_t n_physical = kvs_cache_n_physical(s->cache, layer, kv_head);
-    const size_t stride = kvs_round_up(n_physical, KVS_TILE_SLOTS), width = (size_t)group * dh;
-    kvs_cache_views(s->cache, layer, kv_head, t->pages, NULL);
-    for (uint32_t r = 0; r < x->n; r++) {
-        float cos_sin[KVS_HEAD_DIM_MAX];
-        kvs_rope_row(&m->rope, t->rope_pos[n_live - x->n + r], cos_sin);
-        memcpy(t->query + r * width, kvs_query_log_row(&s->queries, layer, kv_head, s->n_tokens + r),
-               width * sizeof(float));
-        m->kernels->rope(t->query + r * width, group, dh, cos_sin, m->n_freq);
-    }
-    const uint32_t first_slot = page_of_newest(t->pages, n_pages, x->n) * KVS_PAGE_SLOTS;
-    for (uint32_t row = 0; row < x->n; row += KVS_ATTN_ROWS_MAX) {
-        const kvs_attn_job job = {
-            .pages = t->pages,
-            .limit0 = n_physical,
-            .n_rows = kvs_min_u32(KVS_ATTN_ROWS_MAX, x->n - row),
-            .group = group,
-            .head_dim = dh,
-            .kv_f32 = s->options.kv_type == KVS_KV_F32,
-            .scale = 1.0f / __builtin_sqrtf((float)dh),
-            .q = t->query + row * width,
-            .q_stride = width,
-            .rope = &m->rope,
-        };
-        m->kernels->attend_scores(&job, first_slot, n_physical, t->physical, stride, t->most);
-        for (uint32_t r = 0; r < job.n_rows * group; r++) {
-            copy_newest(t->pages, n_pages, t->physical + r * stride, x->n, t->prob);
+    const uint32_t n_live = kvs_cache_read_head(s->cache, w.layer, w.kv_head, &slots);
+    for (uint32_t r = 0; r < n; r++)
+        read_query(&w, r, s->n_tokens + r, t->rope_pos[n_live - n + r]);
+    const uint32_t first_page = page_of_newest(t->pages, w.n_pages, n);
+    for (uint32_t row = 0, n_done; row < n; row += n_done) {
+        n_done = score_rows(&w, row, first_page);
+        for (uint32_t r = 0; r < n_done * group; r++) {
+            copy_newest(t->pages, w.n_pages, t->physical + r * w.stride, n, t->prob);
             *own_at(s, head, row + r / group, r % group) =
-                (float)m->kernels->logsumexp(t->prob, row + r / group + 1, NULL);
+                (float)s->model->kernels->logsumexp(t->prob, row + r / group + 1, NULL);
         }
     }
 }
 
 void kvs_view_own_rows(kvs_session *s, uint32_t n)
 {
-    own_rows x = {s, n};
-    kvs_pool_run(s->model->pool, own_rows_task, &x, s->scratch.n_heads);
     s->probe.n_own = n;
+    kvs_pool_run(s->model->pool, own_rows_task, s, s->scratch.n_heads);
 }
 
 /* Rows of the window that were said have themselves in the cache. */
@@ -252,45 +278,26 @@ static double own_of_row(const kvs_session *s, const kvs_policy_view *v, uint32_
 
 static void read_window(const kvs_session *s, kvs_policy_view *v, kvs_view_scratch *t)
 {
-    const kvs_model *m = s->model;
-    const uint32_t dh = v->head_dim, group = v->group, n_rows = s->queries.n_valid;
-    const uint32_t n_pages = kvs_cache_n_pages(s->cache, v->layer, v->kv_head);
-    const uint32_t n_physical = kvs_cache_n_physical(s->cache, v->layer, v->kv_head);
-    const size_t stride = kvs_round_up(n_physical, KVS_TILE_SLOTS), width = (size_t)group * dh;
-    kvs_cache_views(s->cache, v->layer, v->kv_head, t->pages, NULL);
-    v->n_window = n_rows;
+    const uint32_t group = v->group;
+    const window_reader w = open_window(s, t, v->layer, v->kv_head, s->queries.n_valid);
+    v->n_window = w.n_rows;
     v->window_pos = t->window_pos;
-    for (uint32_t r = 0; r < n_rows; r++) {
-        const uint64_t token_idx = s->n_tokens + s->queries.n_ahead - n_rows + r;
-        float cos_sin[KVS_HEAD_DIM_MAX];
-        kvs_rope_row(&m->rope, rope_of_row(s, v->rope_next, token_idx), cos_sin);
-        memcpy(t->query + r * width, kvs_query_log_row(&s->queries, v->layer, v->kv_head, token_idx),
-               width * sizeof(float));
-        m->kernels->rope(t->query + r * width, group, dh, cos_sin, m->n_freq);
+    for (uint32_t r = 0; r < w.n_rows; r++) {
+        const uint64_t token_idx = s->n_tokens + s->queries.n_ahead - w.n_rows + r;
+        read_query(&w, r, token_idx, rope_of_row(s, v->rope_next, token_idx));
         t->window_pos[r] = (int32_t)token_idx;
     }
     v->n_pair = t->pair == NULL ? 0 : kvs_window_slots(v);
-    const uint32_t first_page = t->prob != NULL ? 0 : page_of_newest(t->pages, n_pages, v->n_pair);
-    for (uint32_t row = 0; row < n_rows; row += KVS_ATTN_ROWS_MAX) {
-        const kvs_attn_job job = {
-            .pages = t->pages,
-            .limit0 = n_physical,
-            .n_rows = kvs_min_u32(KVS_ATTN_ROWS_MAX, n_rows - row),
-            .group = group,
-            .head_dim = dh,
-            .kv_f32 = s->options.kv_type == KVS_KV_F32,
-            .scale = 1.0f / __builtin_sqrtf((float)dh),
-            .q = t->query + row * width,
-            .q_stride = width,
-            .rope = &m->rope,
-        };
-        m->kernels->attend_scores(&job, first_page * KVS_PAGE_SLOTS, n_physical, t->physical, stride, t->most);
-        for (uint32_t r = 0; r < job.n_rows * group; r++) {
+    const uint32_t first_page = t->prob != NULL ? 0 : page_of_newest(t->pages, w.n_pages, v->n_pair);
+    for (uint32_t row = 0, n_done; row < w.n_rows; row += n_done) {
+        n_done = score_rows(&w, row, first_page);
+        for (uint32_t r = 0; r < n_done * group; r++) {
             const size_t query = (size_t)row * group + r, at = query * v->n_slots;
+            const float *const physical = t->physical + r * w.stride;
             if (t->pair != NULL)
-                copy_newest(t->pages, n_pages, t->physical + r * stride, v->n_pair, t->pair + query * v->n_pair);
+                copy_newest(t->pages, w.n_pages, physical, v->n_pair, t->pair + query * v->n_pair);
             if (t->prob != NULL)
-                soften(m->kernels, v, t->pages, n_pages, t->physical + r * stride, t->window_pos[row + r / group],
+                soften(s->model->kernels, v, t->pages, w.n_pages, physical, t->window_pos[row + r / group],
                        own_of_row(s, v, row + r / group, r % group), t->logit == NULL ? NULL : t->logit + at,
                        t->prob + at);
         }
